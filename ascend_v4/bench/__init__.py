@@ -1,0 +1,1 @@
+"""Benchmarks: this engine beside its peer, in one run on one machine."""

@@ -1,0 +1,1 @@
+"""Release checkpoints: names, expected tensors, strict reading, description and random checkpoints."""

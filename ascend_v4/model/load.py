@@ -1,0 +1,75 @@
+"""From a checkpoint directory to a model ready to run: read, compare, select operators, build."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ascend_v4.checkpoint.reader import CheckpointReader
+from ascend_v4.config import ModelConfig
+from ascend_v4.errors import DeviceError
+from ascend_v4.model.build import UNPACK_BYTES, Builder, UnpackBudget
+from ascend_v4.model.deepseek_v4 import DeepSeekV4
+from ascend_v4.model.mtp import MtpBlock
+from ascend_v4.model.numerics import Numerics, numerics_by_name
+from ascend_v4.model.weights import WeightSource
+from ascend_v4.operators.select import BACKENDS, OperatorTable, select
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedModel:
+    """A model, what it was built with, and the mapping its weights may still point into."""
+
+    config: ModelConfig
+    numerics: Numerics
+    operators: OperatorTable
+    model: DeepSeekV4
+    mtp: MtpBlock | None
+    device: torch.device
+    reader: CheckpointReader
+
+
+def load_model(
+    checkpoint: str | Path, *, device: str = "cpu", numerics: str = "auto", mtp: bool = False
+) -> LoadedModel:
+    """Loads a release-layout checkpoint.
+
+    Raises CheckpointError listing every difference between config and files before anything is loaded;
+    ConfigError for a config, numerics or `mtp` that cannot be run; DeviceError for a device this version has
+    no operators for.
+    """
+    if device not in BACKENDS:
+        raise DeviceError(f"device {device!r} is not available; this version runs on {', '.join(BACKENDS)}.")
+    chosen = numerics_by_name(numerics)
+    reader = CheckpointReader.open(checkpoint)
+    reader.verify()
+    for name in reader.unexpected[:10]:
+        log.warning("unexpected tensor %s is ignored", name)
+    if reader.config.unknown_fields:
+        log.warning("config fields ignored: %s", ", ".join(reader.config.unknown_fields))
+    operators = select(device)
+    with torch.inference_mode():
+        builder = Builder(
+            config=reader.config,
+            weights=WeightSource(reader),
+            operators=operators,
+            numerics=chosen,
+            unpack=UnpackBudget(math.inf if chosen.copies_weights else UNPACK_BYTES),
+        )
+        model = DeepSeekV4(builder)
+        block = MtpBlock(builder, model) if mtp else None
+    return LoadedModel(
+        config=reader.config,
+        numerics=chosen,
+        operators=operators,
+        model=model,
+        mtp=block,
+        device=torch.device(device),
+        reader=reader,
+    )

@@ -1,0 +1,146 @@
+"""Routing and the routed experts.
+
+Legend: T tokens, E experts, K experts per token, D hidden, I intermediate, R = T * K rows sorted by expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ascend_v4.operators.contract import FLOAT32, FLOATS, INDICES, INT64, Spec, Tolerance, operator
+from ascend_v4.operators.contracts.activation import clamped_swiglu
+from ascend_v4.operators.contracts.linear import product_into
+from ascend_v4.operators.contracts.quantize import (
+    ACTIVATION_GROUP,
+    ActivationFormat,
+    StoredWeight,
+    WeightFormat,
+    fake_quantize_fp8,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """gate_up: per expert one [2I, D] weight, or gate and up apart. down: per expert [D, I]."""
+
+    gate_up: tuple[tuple[StoredWeight, ...], ...]
+    down: tuple[StoredWeight, ...]
+
+
+def prepare_experts(weights: ExpertWeights, *, copy: bool) -> ExpertWeights:
+    """Float32 copies with gate and up in one matrix, or the file's own bytes."""
+    if not copy:
+        return weights
+    return ExpertWeights(
+        tuple((_joined(parts),) for parts in weights.gate_up),
+        tuple(_plain(weight.to_float32()) for weight in weights.down),
+    )
+
+
+def _joined(parts: tuple[StoredWeight, ...]) -> StoredWeight:
+    whole = torch.empty(sum(part.num_outputs for part in parts), parts[0].num_inputs)
+    first = 0
+    for part in parts:
+        whole[first : first + part.num_outputs] = part.to_float32()
+        first += part.num_outputs
+    return _plain(whole)
+
+
+def _plain(matrix: Tensor) -> StoredWeight:
+    return StoredWeight(matrix, None, WeightFormat.PLAIN)
+
+
+@operator(
+    source="reference/model.md 2.7; ascend-operators.md 11",
+    tolerance=Tolerance(16, "float32 throughout; expert ids are compared bitwise, ties lowest id first"),
+)
+def route_tokens(
+    logits_TE: Annotated[Tensor, Spec("T E", FLOAT32)],
+    bias_E: Annotated[Tensor | None, Spec("E", FLOAT32)],
+    token_ids_T: Annotated[Tensor | None, Spec("T", INT64)],
+    expert_table_VK: Annotated[Tensor | None, Spec("V K", INDICES)],
+    *,
+    experts_per_token: int,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """Routing weights [T, K] float32 and expert ids [T, K] int32.
+
+    Scores are sqrt(softplus(logits)). With an expert table (hash routing) the token id picks the experts;
+    otherwise the best of score + bias, equal ones lowest id first. Weights are the chosen scores without
+    bias, divided by their sum, times `scaling`.
+    """
+    scores_TE = functional.softplus(logits_TE).sqrt()
+    if expert_table_VK is not None:
+        assert token_ids_T is not None, "hash routing needs the token ids"
+        ids_TK = expert_table_VK[token_ids_T].long()
+    else:
+        ranked = scores_TE if bias_E is None else scores_TE + bias_E
+        ids_TK = ranked.sort(dim=-1, descending=True, stable=True).indices[:, :experts_per_token]
+    weights_TK = scores_TE.gather(1, ids_TK)
+    return weights_TK / weights_TK.sum(-1, keepdim=True) * scaling, ids_TK.to(torch.int32)
+
+
+@operator(
+    source="reference/model.md 2.7; ascend-operators.md 12 and 13",
+    tolerance=Tolerance(64, "two products, an activation and a sum over experts, each rounded once"),
+    prepare=prepare_experts,
+)
+def routed_experts(
+    x_TD: Annotated[Tensor, Spec("T D", FLOATS)],
+    weights_TK: Annotated[Tensor, Spec("T K", FLOAT32)],
+    expert_ids_TK: Annotated[Tensor, Spec("T K", (torch.int32,))],
+    experts: ExpertWeights,
+    *,
+    swiglu_limit: float,
+    activation: ActivationFormat,
+) -> Annotated[Tensor, Spec("T D", FLOAT32)]:
+    """Sum over each token's experts, in float32.
+
+    Rows are sorted by expert and go through grouped products; each product is rounded to x's dtype, the
+    routing weight stands before the down projection.
+    """
+    tokens, per_token = expert_ids_TK.shape
+    order_R = expert_ids_TK.flatten().sort(stable=True).indices
+    counts = torch.bincount(expert_ids_TK.flatten(), minlength=len(experts.down)).tolist()
+    rows_RD = quantized_rows(x_TD, activation).index_select(
+        0, torch.div(order_R, per_token, rounding_mode="floor")
+    )
+    gate_up = _grouped_product(rows_RD, counts, experts.gate_up)
+    hidden = clamped_swiglu.reference(gate_up, weights_TK.flatten()[order_R], limit=swiglu_limit)
+    down = _grouped_product(
+        quantized_rows(hidden, activation), counts, tuple((part,) for part in experts.down)
+    )
+    out_RD = torch.empty_like(down, dtype=torch.float32)
+    out_RD[order_R] = down.float()
+    return out_RD.view(tokens, per_token, -1).sum(1)
+
+
+def quantized_rows(rows: Tensor, activation: ActivationFormat) -> Tensor:
+    """Rows as the products of a layer with this activation format see them."""
+    if activation is ActivationFormat.FP8_GROUP:
+        return fake_quantize_fp8.reference(rows, group=ACTIVATION_GROUP)
+    return rows
+
+
+def _grouped_product(
+    rows_RK: Tensor, counts: list[int], weights: tuple[tuple[StoredWeight, ...], ...]
+) -> Tensor:
+    """Each run of rows times its own expert's weights, side by side where an expert has several."""
+    width = sum(part.num_outputs for part in weights[0])
+    out = rows_RK.new_empty(rows_RK.shape[0], width)
+    first = 0
+    for expert_index, count in enumerate(counts):
+        if count == 0:
+            continue
+        column = 0
+        for part in weights[expert_index]:
+            target = out[first : first + count, column : column + part.num_outputs]
+            product_into(target, rows_RK[first : first + count].float(), part)
+            column += part.num_outputs
+        first += count
+    return out
