@@ -42,12 +42,15 @@ class Tokenizer:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text. Special tokens in it become their ids; none is added, not even BOS."""
+        """Ids of a text. Special tokens in it become their ids; none is added, not even BOS.
+
+        Raises TokenizerError for a text with lone surrogates, which no UTF-8 can carry.
+        """
         try:
-            encoding = self._backend.encode(text, add_special_tokens=False)
+            text.encode()
         except UnicodeEncodeError as error:
             raise TokenizerError(f"the text has a lone surrogate at character {error.start}.") from None
-        return list(encoding.ids)
+        return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def token_id(self, token: str) -> int | None:
         """Id of one token by its spelling, such as `<think>`; None where the tokenizer lacks it."""

@@ -51,6 +51,7 @@ def test_every_scale_fits_its_weight():
 
     assert scales
     for scale in scales:
+        assert scale.weight is not None
         weight = specs[scale.weight]
         rows, columns = weight.shape
         fp4 = (rows, columns * 2 // 32)
@@ -68,6 +69,7 @@ def test_fp8_experts_have_block_scales():
     config = small_config(expert_dtype="fp8")
     gate = layer_names(config, 0).moe.experts[0].gate
     specs = expected_tensors(config)
+    assert gate.scale is not None
 
     assert (specs[gate.weight].dtype, specs[gate.weight].shape) == ("F8_E4M3", (96, 64))
     assert (specs[gate.scale].dtype, specs[gate.scale].shape) == ("F8_E8M0", (1, 1))
@@ -96,6 +98,8 @@ def test_overlapping_compressor_is_twice_as_wide():
     config = small_config()
     specs = expected_tensors(config)
     csa, hca = (layer_names(config, layer).attention.compressor for layer in (1, 2))
+    assert csa is not None
+    assert hca is not None
 
     assert specs[csa.position_bias].shape == (4, 2 * config.head_dim)
     assert specs[hca.position_bias].shape == (128, config.head_dim)
@@ -107,6 +111,7 @@ def test_hash_layers_have_a_token_table_and_no_bias():
     hashed, learned = (layer_names(config, layer).moe for layer in (0, 1))
 
     assert (hashed.router_bias, learned.token_experts) == (None, None)
+    assert hashed.token_experts is not None
     assert expected_tensors(config)[hashed.token_experts].shape == (config.vocab_size, 2)
 
 

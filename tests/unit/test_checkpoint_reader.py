@@ -124,7 +124,7 @@ def test_unaligned_tensor_is_copied_and_right(tmp_path):
 
 
 def test_single_file_without_index_is_read(sound, tmp_path):
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for shard in sound.glob("*.safetensors"):
         tensors |= safetensors.torch.load_file(shard)
     safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
