@@ -47,7 +47,7 @@ class Runner(Protocol):
         """
         ...
 
-    def close_sequence(self, sequence: Any) -> None:
+    def close_sequence(self, sequence: Any) -> None:  # noqa: ANN401 - each runner has its own handles
         """Give a sequence's positions back; the handle, one that `open_sequence` made, is dead after."""
         ...
 
