@@ -8,7 +8,7 @@ ordinary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -28,11 +28,18 @@ class TokenBatch:
     counts: tuple[int, ...]
     """New tokens of each sequence, at least 1."""
     device: torch.device
+    scratch: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    """What the plans of one step derive alike and share, by a name of the planner's own."""
 
     @property
     def num_tokens(self) -> int:
         """T."""
         return sum(self.counts)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens of each sequence including the new ones."""
+        return tuple(start + count for start, count in zip(self.starts, self.counts, strict=True))
 
     @property
     def spans(self) -> list[tuple[int, int, int]]:
@@ -66,8 +73,7 @@ class TokenBatch:
     @cached_property
     def lengths(self) -> Tensor:
         """Tokens of each sequence including the new ones, int32 [B]."""
-        pairs = zip(self.starts, self.counts, strict=True)
-        return torch.tensor([start + count for start, count in pairs], dtype=torch.int32, device=self.device)
+        return torch.tensor(self.ends, dtype=torch.int32, device=self.device)
 
 
 def rows_of(table_BP: Tensor, sequence_N: Tensor, position_N: Tensor, *, per_page: int) -> Tensor:

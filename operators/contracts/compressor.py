@@ -173,7 +173,8 @@ def _pool(rows_RW: Tensor, member_NG: Tensor, *, overlap: bool) -> Tensor:
     """Softmax over an entry's tokens, channel by channel, times their values, [N, D] float32."""
     half = rows_RW.shape[1] // 2
     empty = torch.cat((rows_RW.new_zeros(1, half), rows_RW.new_full((1, half), -torch.inf)), dim=1)
-    picked = torch.cat((rows_RW, empty))[member_NG]
+    picked = torch.cat((rows_RW, empty)).index_select(0, member_NG.flatten())
+    picked = picked.view(*member_NG.shape, rows_RW.shape[1])
     kv, score = torch.split(picked, half, dim=-1)
     if overlap:
         run, width = member_NG.shape[1] // 2, half // 2

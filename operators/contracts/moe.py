@@ -116,7 +116,7 @@ def routed_experts(
         quantized_rows(hidden, activation), counts, tuple((part,) for part in experts.down)
     )
     out_RD = torch.empty_like(down, dtype=torch.float32)
-    out_RD[order_R] = down.float()
+    out_RD.index_copy_(0, order_R, down.float())
     return out_RD.view(tokens, per_token, -1).sum(1)
 
 

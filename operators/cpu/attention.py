@@ -85,12 +85,9 @@ def _bias(seen: Tensor) -> Tensor | None:
 def _gathered_tile(
     batch: TokenBatch, window: tuple[Tensor, int, int], entries: tuple[Tensor, int, int] | None
 ) -> Tile:
-    table, per_page, window_tokens = window
     positions = batch.positions_T[:, None]
     sequence = batch.sequence_T[:, None]
-    reach = min(window_tokens, int(positions.max()) + 1)
-    seen = positions - torch.arange(reach - 1, -1, -1)
-    rows = rows_of(table, sequence, seen.clamp_min(0), per_page=per_page)
+    rows, seen = _gathered_window(batch, window)
     entry_rows = entry_bias = None
     visible = torch.zeros_like(positions)
     if entries is not None:
@@ -101,6 +98,19 @@ def _gathered_tile(
         entry_rows = rows_of(entry_table, sequence, torch.where(valid, numbers, 0), per_page=entries_per_page)
         entry_bias = _bias(valid)
     return Tile(0, len(positions), rows, _bias(seen >= 0), entry_rows, entry_bias, sequence, visible)
+
+
+def _gathered_window(batch: TokenBatch, window: tuple[Tensor, int, int]) -> tuple[Tensor, Tensor]:
+    """Window rows of each token and their positions (negative: none), the same for every kind of layer."""
+    if "cpu window rows" not in batch.scratch:
+        table, per_page, window_tokens = window
+        positions = batch.positions_T[:, None]
+        reach = min(window_tokens, max(batch.ends))
+        seen = positions - torch.arange(reach - 1, -1, -1)
+        held = seen.clamp_min(0)
+        batch.scratch["cpu window rows"] = rows_of(table, batch.sequence_T[:, None], held, per_page=per_page)
+        batch.scratch["cpu window positions"] = seen
+    return batch.scratch["cpu window rows"], batch.scratch["cpu window positions"]
 
 
 def _shared_tile(
@@ -149,18 +159,23 @@ def sparse_attention_tiled(
     parts = []
     for tile in plan.tiles:
         q = q_THD[tile.first : tile.stop]
-        kv, bias = [window[tile.rows]], [(tile.rows.shape[-1], tile.bias)]
+        kv, bias = [_take(window, tile.rows)], [(tile.rows.shape[-1], tile.bias)]
         if compressed_cache_CSD is not None and compressed_table_BP is not None:
             selected = None if selected_TK is None else selected_TK[tile.first : tile.stop]
             flat = compressed_cache_CSD.view(-1, compressed_cache_CSD.shape[-1])
             rows, entry_bias = _entries(tile, selected, compressed_table_BP, compressed_cache_CSD.shape[1])
             if rows.dim() > tile.rows.dim():
                 kv[0] = kv[0].expand(len(q), -1, -1)
-            kv.append(flat[rows])
+            kv.append(_take(flat, rows))
             bias.append((rows.shape[-1], entry_bias))
         joined = kv[0] if len(kv) == 1 else torch.cat(kv, dim=-2)
         parts.append(_attend(q, joined.float(), _joined_bias(bias, len(q)), sinks_H, scale=scale))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _take(cache_RD: Tensor, rows: Tensor) -> Tensor:
+    """cache[rows] by whole rows, which index_select copies faster than indexing does."""
+    return cache_RD.index_select(0, rows.flatten()).view(*rows.shape, cache_RD.shape[1])
 
 
 def _entries(

@@ -7,14 +7,15 @@ from torch import Tensor
 
 from ascend_v4.operators.contract import implements
 from ascend_v4.operators.contracts.activation import clamped_swiglu
-from ascend_v4.operators.contracts.linear import product
 from ascend_v4.operators.contracts.moe import ExpertWeights, quantized_rows, routed_experts
 from ascend_v4.operators.contracts.quantize import ActivationFormat
+from ascend_v4.operators.cpu.linear import rounded, row_product, widened
+from ascend_v4.operators.native import NEEDS, cpu_unusable
 
 FEW_TOKENS = 2
 
 
-@implements(routed_experts, backend="cpu", provider="torch")
+@implements(routed_experts, backend="cpu", provider="native", unusable=cpu_unusable, needs=NEEDS)
 def routed_experts_by_row(
     x_TD: Tensor,
     weights_TK: Tensor,
@@ -31,18 +32,15 @@ def routed_experts_by_row(
         )
     tokens, per_token = expert_ids_TK.shape
     ids = expert_ids_TK.flatten().tolist()
-    rows = quantized_rows(x_TD, activation).float()
+    rows = torch.split(widened(quantized_rows(x_TD, activation)), 1)
     gate_up = [
-        product(rows[index // per_token : index // per_token + 1], part)
+        row_product(rows[index // per_token], part)
         for index, expert_id in enumerate(ids)
         for part in experts.gate_up[expert_id]
     ]
-    joined = torch.cat(gate_up, dim=1).view(len(ids), -1).to(x_TD.dtype)
-    hidden = quantized_rows(
-        clamped_swiglu.reference(joined, weights_TK.flatten(), limit=swiglu_limit), activation
-    ).float()
-    down = [
-        product(hidden[index : index + 1], experts.down[expert_id]) for index, expert_id in enumerate(ids)
-    ]
-    summed = torch.cat(down).to(x_TD.dtype).float().view(tokens, per_token, -1)
-    return summed.sum(1)
+    joined = rounded(torch.cat(gate_up, dim=1).view(len(ids), -1), x_TD.dtype)
+    hidden = clamped_swiglu.reference(joined, weights_TK.flatten(), limit=swiglu_limit)
+    rows = torch.split(widened(quantized_rows(hidden, activation)), 1)
+    down = [row_product(rows[index], experts.down[expert_id]) for index, expert_id in enumerate(ids)]
+    each = widened(rounded(torch.cat(down), x_TD.dtype))
+    return each.view(tokens, per_token, -1).sum(1)
