@@ -3,11 +3,13 @@
 #   PYTHON         interpreter that makes .venv, 3.10 or newer
 #   TORCH_VERSION  torch to install first
 #   TORCH_ARGS     options for that one pip install, such as an index with a CPU-only or vendor build
+#   BENCH_ARGS     options for the benchmark, such as --checkpoint DIR
 #   PYTEST_ARGS    options for pytest, such as -k name
 
 PYTHON ?= python3
 TORCH_VERSION ?= 2.13.0
 TORCH_ARGS ?=
+BENCH_ARGS ?=
 PYTEST_ARGS ?=
 
 VENV_PYTHON := .venv/bin/python
@@ -52,7 +54,7 @@ typecheck: setup-dev ## mypy, strict
 	$(VENV_PYTHON) -m mypy
 
 bench: setup ## compare tokens/s with transformers, write docs/benchmarks/
-	$(VENV_PYTHON) -m ascend_v4.bench
+	$(VENV_PYTHON) -m ascend_v4.bench --output "docs/benchmarks/$$(date +%F)-cpu-transformers.md" $(BENCH_ARGS)
 
 wheel: setup ## build dist/*.whl
 	rm -rf build dist

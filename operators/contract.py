@@ -41,7 +41,7 @@ class Spec:
 class Tolerance:
     """Largest difference from the reference, in rounding steps of the output's dtype.
 
-    A step is the dtype's epsilon (2^-8 for bfloat16, 2^-23 for float32) times the largest magnitude of the
+    A step is the dtype's epsilon (2^-7 for bfloat16, 2^-23 for float32) times the largest magnitude of the
     reference output. `steps` 0 means bitwise equal, with equal dtype, shape and stride order.
     """
 

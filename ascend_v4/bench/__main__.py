@@ -5,6 +5,7 @@ ratios.
 from __future__ import annotations
 
 import datetime
+import json
 import tempfile
 import time
 from pathlib import Path
@@ -23,8 +24,8 @@ from ascend_v4.bench.machine import (
     read_bytes_per_second,
 )
 from ascend_v4.bench.peer import load_peer
-from ascend_v4.cli.output import emit_json, say
-from ascend_v4.config import ModelConfig
+from ascend_v4.checkpoint.synthesize import plan_synthesis, synthesize
+from ascend_v4.config import ModelConfig, read_config_fields, resolve_config_path
 from ascend_v4.errors import AscendV4Error
 
 GATE = 1e-4
@@ -64,13 +65,17 @@ def main(
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text, encoding="utf-8")
         say(f"written to {output}")
-    emit_json({"checkpoint": name, "rows": rows, "limits": limits})
+    click.echo(json.dumps({"checkpoint": name, "rows": rows, "limits": limits}))
+
+
+def say(text: str) -> None:
+    """One line on stderr; stdout carries the JSON result alone."""
+    click.echo(text, err=True)
 
 
 def _make_tiny(target: Path) -> Path:
-    from ascend_v4.cli.make_checkpoint import command
-
-    command.main([str(target), "--config", "tiny", "--seed", "1"], standalone_mode=False)
+    fields = read_config_fields(resolve_config_path("tiny"))
+    synthesize(target, plan_synthesis(fields, seed=1))
     return target
 
 
@@ -178,12 +183,10 @@ def _report(
         "float32 GEMM; "
         f"decode, every active float32 weight read once at the measured {limits['read_gb_per_s']:.1f} GB/s.",
         "",
-        "What bounds each: prefill runs near the GEMM rate, the rest being many small products (one per "
-        "expert) and",
-        "elementwise passes. Decode at this width is bound by the launch of small torch operators, not by "
-        "memory:",
-        "compare milliseconds with the operators per token. `native` adds the quantisation of every "
-        "activation.",
+        "What bounds each: at this width neither engine reaches a limit of the machine. Prefill spends about",
+        "half its time in matrix products, too small (one per expert and tile) for the rate of a large one, the",
+        "rest in elementwise passes. Decode is bound by the launch of small operators: compare milliseconds with",
+        "operators per token. `native` quantises every activation, a dozen elementwise passes per linear layer.",
         "",
     ]
     return "\n".join(lines)

@@ -11,10 +11,11 @@ import torch
 
 from ascend_v4.checkpoint.reader import CheckpointReader
 from ascend_v4.config import ModelConfig
+from ascend_v4.env import CPU_THREADS
 from ascend_v4.errors import DeviceError
 from ascend_v4.model.build import UNPACK_BYTES, Builder, UnpackBudget
 from ascend_v4.model.deepseek_v4 import DeepSeekV4
-from ascend_v4.model.mtp import MtpBlock
+from ascend_v4.model.mtp import MtpBlock, require_mtp_block
 from ascend_v4.model.numerics import Numerics, numerics_by_name
 from ascend_v4.model.weights import WeightSource
 from ascend_v4.operators.select import BACKENDS, OperatorTable, select
@@ -46,8 +47,13 @@ def load_model(
     """
     if device not in BACKENDS:
         raise DeviceError(f"device {device!r} is not available; this version runs on {', '.join(BACKENDS)}.")
+    threads = CPU_THREADS.read()
+    if threads is not None:
+        torch.set_num_threads(threads)
     chosen = numerics_by_name(numerics)
     reader = CheckpointReader.open(checkpoint)
+    if mtp:
+        require_mtp_block(reader.config)
     reader.verify()
     for name in reader.unexpected[:10]:
         log.warning("unexpected tensor %s is ignored", name)

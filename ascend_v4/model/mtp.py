@@ -10,13 +10,27 @@ from torch import Tensor
 
 from ascend_v4.cache.layout import layer_caches
 from ascend_v4.checkpoint.names import mtp_names, mtp_prefix
-from ascend_v4.config import LayerKind
+from ascend_v4.config import LayerKind, ModelConfig
 from ascend_v4.errors import ConfigError
 from ascend_v4.model.block import Block, HeadMixer
 from ascend_v4.model.build import Builder
 from ascend_v4.model.caches import CacheTensors
 from ascend_v4.model.deepseek_v4 import DeepSeekV4
 from ascend_v4.model.step import Step
+
+
+def require_mtp_block(config: ModelConfig) -> None:
+    """Raises ConfigError where the checkpoint has no MTP block that could run."""
+    if config.draft is not None:
+        raise ConfigError(
+            f"--mtp cannot run here: config.json has {', '.join(config.draft.fields)}, so every mtp.* tensor "
+            "belongs to a DSpark draft, not to an MTP block. Drop --mtp."
+        )
+    if config.num_mtp_blocks == 0:
+        raise ConfigError(
+            "--mtp cannot run here: num_nextn_predict_layers is 0, so the checkpoint has no MTP block. "
+            "Drop --mtp."
+        )
 
 
 class MtpBlock:
@@ -28,17 +42,6 @@ class MtpBlock:
 
     def __init__(self, builder: Builder, model: DeepSeekV4) -> None:
         config = builder.config
-        if config.draft is not None:
-            raise ConfigError(
-                f"--mtp cannot run here: config.json has {', '.join(config.draft.fields)}, so every mtp.* "
-                "tensor "
-                "belongs to a DSpark draft, not to an MTP block. Drop --mtp."
-            )
-        if config.num_mtp_blocks == 0:
-            raise ConfigError(
-                "--mtp cannot run here: num_nextn_predict_layers is 0, so the checkpoint has no MTP block. "
-                "Drop --mtp."
-            )
         names = mtp_names(config, 0)
         self._model = model
         self.caches = layer_caches(config, self.kind, prefix=mtp_prefix(0).rstrip("."))

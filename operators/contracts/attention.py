@@ -59,8 +59,8 @@ def sparse_attention(
 
     A query at position p sees window rows max(0, p - window_tokens + 1) .. p and, of the floor((p + 1) /
     ratio) visible compressed entries, the first min(K, visible) of its row in `selected`, or all where
-    `selected` is None. Those must be entry numbers below the visible count: anything else raises
-    ContractError. A repeated number counts twice. Scores are float32; unnormalised probabilities are rounded
+    `selected` is None. Those must be distinct entry numbers below the visible count; the reference raises
+    ContractError for a number that is not visible, faster implementations do not look. Scores are float32; unnormalised probabilities are rounded
     to q's dtype before they multiply the values, not in the denominator, to which exp(sink) is added.
     """
     out_THD = torch.empty_like(q_THD)
@@ -75,7 +75,7 @@ def sparse_attention(
             kv, valid = window[rows], seen >= 0
             if compressed_cache_CSD is not None and compressed_table_BP is not None:
                 chosen = None if selected_TK is None else selected_TK[low:high]
-                entries, entry_valid = visible_entries(positions, chosen, ratio=ratio)
+                entries, entry_valid = visible_entries(positions, chosen, ratio=ratio, first_token=low)
                 sequence = torch.full_like(entries, index)
                 entry_rows = rows_of(
                     compressed_table_BP, sequence, entries, per_page=compressed_cache_CSD.shape[1]
@@ -87,10 +87,12 @@ def sparse_attention(
     return out_THD
 
 
-def visible_entries(positions_T1: Tensor, selected_TK: Tensor | None, *, ratio: int) -> tuple[Tensor, Tensor]:
+def visible_entries(
+    positions_T1: Tensor, selected_TK: Tensor | None, *, ratio: int, first_token: int = 0
+) -> tuple[Tensor, Tensor]:
     """Entry numbers (int64) and which of them count.
 
-    Raises ContractError for a selected entry that is not visible.
+    Raises ContractError for a selected entry that is not visible; it counts tokens from `first_token`.
     """
     visible = (positions_T1 + 1) // ratio
     if selected_TK is None:
@@ -104,7 +106,7 @@ def visible_entries(positions_T1: Tensor, selected_TK: Tensor | None, *, ratio: 
         if bool(wrong.any()):
             token, column = wrong.nonzero()[0].tolist()
             raise ContractError(
-                f"selected entry {entries[token, column].item()} of token {token}, column {column}: "
+                f"selected entry {entries[token, column].item()} of token {first_token + token}, column {column}: "
                 f"{visible[token].item()} entries are visible to it"
             )
     return torch.where(valid, entries, 0), valid
@@ -112,7 +114,8 @@ def visible_entries(positions_T1: Tensor, selected_TK: Tensor | None, *, ratio: 
 
 def attend(q_THD: Tensor, kv_TND: Tensor, valid_TN: Tensor, sinks_H: Tensor, *, scale: float) -> Tensor:
     """Softmax attention of each token over its own rows, with the sink in the denominator."""
-    values = kv_TND.float()
+    # rows that do not count may be anything, NaN included: 0 times NaN would spoil the sum
+    values = kv_TND.float().masked_fill(~valid_TN.unsqueeze(-1), 0.0)
     scores = torch.einsum("thd,tnd->thn", q_THD.float(), values) * scale
     scores = scores.masked_fill(~valid_TN.unsqueeze(1), -torch.inf)
     peak = scores.amax(-1, keepdim=True)

@@ -53,15 +53,13 @@ class TokenBatch:
     @cached_property
     def positions_T(self) -> Tensor:
         """Absolute position of each token, int64."""
-        parts = [
-            torch.arange(start, start + count) for start, count in zip(self.starts, self.counts, strict=True)
-        ]
-        return torch.cat(parts).to(self.device)
+        parts = [torch.arange(start, start + count) for _, count, start in self.spans]
+        return torch.cat([torch.empty(0, dtype=torch.int64), *parts]).to(self.device)
 
     @cached_property
     def sequence_T(self) -> Tensor:
         """Index of each token's sequence, int64."""
-        counts = torch.tensor(self.counts)
+        counts = torch.tensor(self.counts, dtype=torch.int64)
         return torch.repeat_interleave(torch.arange(len(self.counts)), counts).to(self.device)
 
     @cached_property

@@ -18,6 +18,8 @@ from ascend_v4.operators.contracts.quantize import (
 
 def scatter_rows(cache_CSD: Tensor, rows_TD: Tensor, slots_T: Tensor) -> None:
     """cache row slots[t] becomes rows[t]; negative slots are skipped."""
+    if len(slots_T) == 0:
+        return
     flat = cache_CSD.view(-1, cache_CSD.shape[-1])
     if bool((slots_T < 0).any()):
         kept = slots_T >= 0

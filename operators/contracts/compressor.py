@@ -79,10 +79,14 @@ def plan_compression(
     """
     device = batch.device
     reach = ratio if overlap else 0
-    entry_ids: list[Tensor] = []
-    entry_sequences: list[Tensor] = []
-    old_positions: list[Tensor] = []
-    old_sequences: list[Tensor] = []
+    state_rows = rows_of(state_table, batch.sequence_T, batch.positions_T, per_page=state_page_tokens)
+    written = (state_rows >= state_page_tokens).nonzero().squeeze(1)
+    ape_rows_T, written_slots = batch.positions_T % ratio, state_rows[written]
+    if all((start + count) // ratio == start // ratio for _, count, start in batch.spans):
+        return _state_only_plan(ape_rows_T, written, written_slots)
+    # each starts with an empty part, so that a step without sequences has something to join
+    none = torch.empty(0, dtype=torch.int64)
+    entry_ids, entry_sequences, old_positions, old_sequences = [none], [none], [none], [none]
     spans: list[tuple[int, int, int, int, int]] = []
     for index, (first, count, start) in enumerate(batch.spans):
         ids = torch.arange(start // ratio, (start + count) // ratio)
@@ -94,20 +98,33 @@ def plan_compression(
         old_sequences.append(torch.full((start - oldest,), index))
     ids_N, olds_M = torch.cat(entry_ids), torch.cat(old_positions)
     members = _members(spans, ids_N, ratio=ratio, reach=reach, totals=(batch.num_tokens, len(olds_M)))
-    state_rows = rows_of(state_table, batch.sequence_T, batch.positions_T, per_page=state_page_tokens)
-    written = (state_rows >= state_page_tokens).nonzero().squeeze(1)
     return CompressionPlan(
         entry_slots=rows_of(
             entry_table, torch.cat(entry_sequences).to(device), ids_N.to(device), per_page=entries_per_page
         ),
         rope=plan_rope(ids_N.to(device) * ratio, frequencies),
-        ape_rows_T=batch.positions_T % ratio,
+        ape_rows_T=ape_rows_T,
         written_tokens=written,
-        written_slots=state_rows[written],
+        written_slots=written_slots,
         old_slots_M=rows_of(
             state_table, torch.cat(old_sequences).to(device), olds_M.to(device), per_page=state_page_tokens
         ),
         member_NG=members.to(device),
+    )
+
+
+def _state_only_plan(ape_rows_T: Tensor, written: Tensor, written_slots: Tensor) -> CompressionPlan:
+    """For a step that completes no entry, as three of four decoding steps of a CSA layer do."""
+    none = written.new_empty(0)
+    nowhere = torch.empty(0, 1, 0, dtype=torch.complex64, device=none.device)
+    return CompressionPlan(
+        entry_slots=none,
+        rope=RopeRows(nowhere, nowhere),
+        ape_rows_T=ape_rows_T,
+        written_tokens=written,
+        written_slots=written_slots,
+        old_slots_M=none,
+        member_NG=none.unsqueeze(1),
     )
 
 
@@ -121,7 +138,7 @@ def _members(
 ) -> Tensor:
     num_tokens, num_old = totals
     offsets = torch.arange(-reach, ratio)
-    rows, done = [], 0
+    rows, done = [torch.empty(0, len(offsets), dtype=torch.int64)], 0
     for first, start, oldest, old_base, num_entries in spans:
         positions = ids_N[done : done + num_entries, None] * ratio + offsets
         done += num_entries
@@ -159,9 +176,9 @@ def compress(
     half = rows_TW.shape[1] // 2
     rows_TW[:, half:] += weights.ape[plan.ape_rows_T]
     state = state_cache_CSW.view(-1, rows_TW.shape[1])
-    old_MW = state[plan.old_slots_M]
+    old_MW = state[plan.old_slots_M] if len(plan.entry_slots) else None
     state.index_copy_(0, plan.written_slots, rows_TW[plan.written_tokens])
-    if len(plan.entry_slots) == 0:
+    if old_MW is None:
         return x_TK.new_empty(0, weights.norm.shape[0])
     pooled_ND = _pool(torch.cat((rows_TW, old_MW)), plan.member_NG, overlap=overlap)
     entries_ND = rms_norm.reference(pooled_ND.to(x_TK.dtype), weights.norm, eps=eps)

@@ -36,6 +36,16 @@ def prepare_linear(weight: StoredWeight, *, copy: bool) -> StoredWeight:
     return StoredWeight(weight.to_float32(), None, WeightFormat.PLAIN) if copy else weight
 
 
+def widened(x: Tensor) -> Tensor:
+    """The tensor in float32: itself where it is, without the cost of asking torch."""
+    return x if x.dtype is torch.float32 else x.float()
+
+
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in `dtype`: itself where it is."""
+    return x if x.dtype is dtype else x.to(dtype)
+
+
 def product(x_TK: Tensor, weight: StoredWeight) -> Tensor:
     """x times weight transposed, both in float32: [T, N] float32."""
     if weight.codes.dtype is torch.float32:
@@ -74,7 +84,7 @@ def linear(
     """
     if activation is ActivationFormat.FP8_GROUP:
         x_TK = fake_quantize_fp8.reference(x_TK, group=ACTIVATION_GROUP)
-    return product(x_TK.float(), weight).to(x_TK.dtype)
+    return rounded(product(widened(x_TK), weight), x_TK.dtype)
 
 
 @operator(
@@ -86,7 +96,7 @@ def float32_linear(
     x_TK: Annotated[Tensor, Spec("T K", FLOATS)], weight: StoredWeight
 ) -> Annotated[Tensor, Spec("T N", FLOAT32)]:
     """The product in float32 whatever the input's dtype: head, router and compressor."""
-    return product(x_TK.float(), weight)
+    return product(widened(x_TK), weight)
 
 
 @operator(
@@ -101,6 +111,13 @@ def grouped_linear(
     quantisation.
     """
     groups = x_TGK.shape[1]
-    matrix_GNK = weight.to_float32().view(groups, -1, x_TGK.shape[2])
-    out_GTN = torch.bmm(x_TGK.float().transpose(0, 1), matrix_GNK.transpose(1, 2))
-    return out_GTN.transpose(0, 1).to(x_TGK.dtype)
+    per_group = weight.num_outputs // groups
+    if weight.codes.dtype is torch.float32 or per_group % WEIGHT_BLOCK:
+        matrix_GNK = weight.to_float32().view(groups, per_group, x_TGK.shape[2])
+        out_GTN = torch.bmm(widened(x_TGK).transpose(0, 1), matrix_GNK.transpose(1, 2))
+        return rounded(out_GTN.transpose(0, 1), x_TGK.dtype)
+    parts = [
+        product(widened(x_TGK[:, group]), weight.rows(group * per_group, (group + 1) * per_group))
+        for group in range(groups)
+    ]
+    return rounded(torch.stack(parts, dim=1), x_TGK.dtype)

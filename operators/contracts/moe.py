@@ -117,7 +117,7 @@ def routed_experts(
     )
     out_RD = torch.empty_like(down, dtype=torch.float32)
     out_RD.index_copy_(0, order_R, down.float())
-    return out_RD.view(tokens, per_token, -1).sum(1)
+    return out_RD.view(tokens, per_token, out_RD.shape[1]).sum(1)
 
 
 def quantized_rows(rows: Tensor, activation: ActivationFormat) -> Tensor:

@@ -76,5 +76,7 @@ def rotate(x_THD: Annotated[Tensor, Spec("T H D", FLOATS)], rows: RopeRows, *, i
     """Rotates the last R channels of x in place: pair (2i, 2i+1) by its token's angle, or back by it."""
     turn = rows.inverse if inverse else rows.forward
     tail = x_THD[..., x_THD.shape[-1] - 2 * turn.shape[-1] :]
-    pairs = tail.float().reshape(*tail.shape[:-1], tail.shape[-1] // 2, 2)
+    # always a copy: complex views want even offsets, which a slice may not have
+    wide = tail.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    pairs = wide.view(*tail.shape[:-1], tail.shape[-1] // 2, 2)
     tail.copy_(torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2))

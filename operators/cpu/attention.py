@@ -43,6 +43,8 @@ class Tile:
     """Sequence of each token, for entries that only selection knows."""
     visible: Tensor
     """Compressed entries each token sees, [T, 1]."""
+    blind: Tensor | None = None
+    """Tokens that see no entry, where some are gathered for them nonetheless: those may be anything."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ def plan_cpu_attention(
     """Gathered tiles when every sequence brings few tokens, shared tiles otherwise."""
     entries = None if compressed_table is None else (compressed_table, entries_per_page, ratio)
     window = (window_table, window_page_tokens, window_tokens)
+    if not batch.counts:
+        return CpuAttentionPlan(())
     if max(batch.counts) <= GATHERED_TOKENS:
         return CpuAttentionPlan((_gathered_tile(batch, window, entries),))
     tiles = []
@@ -88,7 +92,7 @@ def _gathered_tile(
     positions = batch.positions_T[:, None]
     sequence = batch.sequence_T[:, None]
     rows, seen = _gathered_window(batch, window)
-    entry_rows = entry_bias = None
+    entry_rows = entry_bias = blind = None
     visible = torch.zeros_like(positions)
     if entries is not None:
         entry_table, entries_per_page, ratio = entries
@@ -97,7 +101,10 @@ def _gathered_tile(
         valid = numbers < visible
         entry_rows = rows_of(entry_table, sequence, torch.where(valid, numbers, 0), per_page=entries_per_page)
         entry_bias = _bias(valid)
-    return Tile(0, len(positions), rows, _bias(seen >= 0), entry_rows, entry_bias, sequence, visible)
+        unseeing = (visible == 0).flatten()
+        blind = unseeing.nonzero().flatten() if bool(unseeing.any()) else None
+    window_bias = _bias(seen >= 0)
+    return Tile(0, len(positions), rows, window_bias, entry_rows, entry_bias, sequence, visible, blind)
 
 
 def _gathered_window(batch: TokenBatch, window: tuple[Tensor, int, int]) -> tuple[Tensor, Tensor]:
@@ -167,10 +174,13 @@ def sparse_attention_tiled(
             if rows.dim() > tile.rows.dim():
                 kv[0] = kv[0].expand(len(q), -1, -1)
             kv.append(_take(flat, rows))
+            if tile.blind is not None:
+                # 0 times NaN would spoil the sum
+                kv[1].index_fill_(0, tile.blind, 0.0)
             bias.append((rows.shape[-1], entry_bias))
         joined = kv[0] if len(kv) == 1 else torch.cat(kv, dim=-2)
         parts.append(_attend(q, joined.float(), _joined_bias(bias, len(q)), sinks_H, scale=scale))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return parts[0] if len(parts) == 1 else torch.cat([q_THD[:0], *parts])
 
 
 def _take(cache_RD: Tensor, rows: Tensor) -> Tensor:

@@ -38,6 +38,8 @@ def hyper_connection_pre_native(
     assert streams <= MAX_STREAMS, streams
     kernels = cpu_kernels()
     wide = streams_THD.float().contiguous()
+    # the kernels take pointers; the copies, if any, must outlive the calls
+    fn_MF, scale_3, base_M = fn_MF.contiguous(), scale_3.contiguous(), base_M.contiguous()
     few = tokens <= FEW_TOKENS
     if few:
         logits = wide.new_empty(tokens, fn_MF.shape[0])
@@ -71,6 +73,7 @@ def hyper_connection_post_native(
     if tokens > FEW_TOKENS:
         return hyper_connection_post_batched(output_TD, streams_THD, post_TH, mix_THH)
     output, wide = output_TD.float().contiguous(), streams_THD.float().contiguous()
+    post_TH, mix_THH = post_TH.contiguous(), mix_THH.contiguous()
     out_THD = torch.empty_like(wide)
     cpu_kernels().ascend_v4_spread_output(
         *(output.data_ptr(), wide.data_ptr(), post_TH.data_ptr(), mix_THH.data_ptr()),

@@ -24,7 +24,7 @@ def plan_cpu_index(
     batch: TokenBatch, *, ratio: int, topk: int, key_table: Tensor, keys_per_page: int
 ) -> CpuIndexPlan:
     """Compares the longest sequence's entries with topk."""
-    if max(batch.ends) // ratio <= topk:
+    if max(batch.ends, default=0) // ratio <= topk:
         return CpuIndexPlan(None)
     rows = []
     for index, end in enumerate(batch.ends):

@@ -1,4 +1,4 @@
-"""Routed experts on a CPU: without sorting where a decoding step has only a handful of rows."""
+"""Routing and routed experts on a CPU: no sorting where a decoding step has only a handful of rows."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from ascend_v4.operators.contract import implements
-from ascend_v4.operators.contracts.activation import clamped_swiglu
-from ascend_v4.operators.contracts.moe import ExpertWeights, quantized_rows, routed_experts
+from ascend_v4.operators.contracts.linear import product, rounded, widened
+from ascend_v4.operators.contracts.moe import ExpertWeights, quantized_rows, route_tokens, routed_experts
 from ascend_v4.operators.contracts.quantize import ActivationFormat
-from ascend_v4.operators.cpu.linear import rounded, row_product, widened
-from ascend_v4.operators.native import NEEDS, cpu_unusable
+from ascend_v4.operators.cpu.activation import swiglu_rows
+from ascend_v4.operators.native import NEEDS, cpu_kernels, cpu_unusable
 
 FEW_TOKENS = 2
 
@@ -26,7 +26,7 @@ def routed_experts_by_row(
     activation: ActivationFormat,
 ) -> Tensor:
     """Row by row for few tokens, the reference's grouped products otherwise."""
-    if len(x_TD) > FEW_TOKENS:
+    if not 0 < len(x_TD) <= FEW_TOKENS:
         return routed_experts.reference(
             x_TD, weights_TK, expert_ids_TK, experts, swiglu_limit=swiglu_limit, activation=activation
         )
@@ -34,13 +34,46 @@ def routed_experts_by_row(
     ids = expert_ids_TK.flatten().tolist()
     rows = torch.split(widened(quantized_rows(x_TD, activation)), 1)
     gate_up = [
-        row_product(rows[index // per_token], part)
+        product(rows[index // per_token], part)
         for index, expert_id in enumerate(ids)
         for part in experts.gate_up[expert_id]
     ]
     joined = rounded(torch.cat(gate_up, dim=1).view(len(ids), -1), x_TD.dtype)
-    hidden = clamped_swiglu.reference(joined, weights_TK.flatten(), limit=swiglu_limit)
+    hidden = swiglu_rows(joined, weights_TK.flatten(), limit=swiglu_limit)
     rows = torch.split(widened(quantized_rows(hidden, activation)), 1)
-    down = [row_product(rows[index], experts.down[expert_id]) for index, expert_id in enumerate(ids)]
+    down = [product(rows[index], experts.down[expert_id]) for index, expert_id in enumerate(ids)]
     each = widened(rounded(torch.cat(down), x_TD.dtype))
     return each.view(tokens, per_token, -1).sum(1)
+
+
+@implements(route_tokens, backend="cpu", provider="native", unusable=cpu_unusable, needs=NEEDS)
+def route_tokens_native(
+    logits_TE: Tensor,
+    bias_E: Tensor | None,
+    token_ids_T: Tensor | None,
+    expert_table_VK: Tensor | None,
+    *,
+    experts_per_token: int,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """Learned routing of few tokens natively; hash routing and many tokens as the reference."""
+    tokens, experts = logits_TE.shape
+    if expert_table_VK is not None or tokens > FEW_TOKENS or not logits_TE.is_contiguous():
+        return route_tokens.reference(
+            logits_TE,
+            bias_E,
+            token_ids_T,
+            expert_table_VK,
+            experts_per_token=experts_per_token,
+            scaling=scaling,
+        )
+    bias = None if bias_E is None else bias_E.contiguous()
+    scratch = logits_TE.new_empty(2 * experts)
+    weights_TK = logits_TE.new_empty(tokens, experts_per_token)
+    ids_TK = torch.empty(tokens, experts_per_token, dtype=torch.int32)
+    cpu_kernels().ascend_v4_route(
+        *(logits_TE.data_ptr(), None if bias is None else bias.data_ptr()),
+        *(tokens, experts, experts_per_token, scaling),
+        *(scratch.data_ptr(), weights_TK.data_ptr(), ids_TK.data_ptr()),
+    )
+    return weights_TK, ids_TK

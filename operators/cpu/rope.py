@@ -18,9 +18,11 @@ def rotate_in_place(x_THD: Tensor, rows: RopeRows, *, inverse: bool = False) -> 
     if x_THD.dtype is torch.float32 and _views_as_complex(pairs):
         torch.view_as_complex(pairs).mul_(turn)
         return
-    pairs.copy_(torch.view_as_real(torch.view_as_complex(pairs.float().contiguous()) * turn))
+    wide = pairs.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    pairs.copy_(torch.view_as_real(torch.view_as_complex(wide).mul_(turn)))
 
 
 def _views_as_complex(pairs: Tensor) -> bool:
-    """Whether the pairs lie at even offsets, as a complex view wants."""
-    return pairs.storage_offset() % 2 == 0 and all(stride % 2 == 0 for stride in pairs.stride()[:-1])
+    """Whether the pairs are neighbours at even offsets, as a complex view wants."""
+    *outer, inner = pairs.stride()
+    return inner == 1 and pairs.storage_offset() % 2 == 0 and all(stride % 2 == 0 for stride in outer)

@@ -18,7 +18,8 @@ MAX_STREAMS = 64
 
 POINTER, COUNT, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 SIGNATURES = {
-    "ascend_v4_matvec": (POINTER, POINTER, COUNT, COUNT, POINTER),
+    "ascend_v4_clamped_swiglu": (POINTER, POINTER, COUNT, COUNT, REAL, POINTER),
+    "ascend_v4_route": (POINTER, POINTER, COUNT, COUNT, COUNT, REAL, POINTER, POINTER, POINTER),
     "ascend_v4_rms_norm": (POINTER, POINTER, POINTER, COUNT, COUNT, REAL),
     "ascend_v4_mixing_logits": (POINTER, POINTER, COUNT, COUNT, COUNT, REAL, POINTER),
     "ascend_v4_mixing_weights": (
