@@ -48,6 +48,8 @@ class SequencePages:
         self._pools = pools
         self.tables: dict[PageGroup, list[int]] = {group: [] for group in pools}
         self.num_tokens = 0
+        self._most_tokens = 0
+        """Positions it had at its longest: older pages were freed by that."""
 
     def extend(self, count: int) -> None:
         """Pages for `count` new positions, as far as they are needed in or after the step.
@@ -81,17 +83,20 @@ class SequencePages:
     def advance(self, count: int) -> None:
         """Counts the step's tokens in, and frees pages that no later step can read."""
         self.num_tokens += count
+        self._most_tokens = max(self._most_tokens, self.num_tokens)
         for group, table in self.tables.items():
             stop = self._oldest_needed(group, self.num_tokens) // group.page_tokens
             self._release(group, range(min(stop, len(table))))
 
     def truncate(self, num_tokens: int) -> None:
-        """Takes back the newest positions. Raises ValueError past ROLLBACK_TOKENS."""
-        dropped = self.num_tokens - num_tokens
-        if not 0 <= dropped <= min(ROLLBACK_TOKENS, self.num_tokens):
+        """Takes back the newest positions. Raises ValueError further back than ROLLBACK_TOKENS from the most
+        it ever had.
+        """
+        fewest = max(0, self._most_tokens - ROLLBACK_TOKENS)
+        if not fewest <= num_tokens <= self.num_tokens:
             raise ValueError(
                 f"a sequence of {self.num_tokens} tokens cannot be cut to {num_tokens}: at most "
-                f"{ROLLBACK_TOKENS} of the newest can be taken back"
+                f"{ROLLBACK_TOKENS} of the newest can be taken back, here down to {fewest}"
             )
         self.num_tokens = num_tokens
         for group, table in self.tables.items():
@@ -104,7 +109,7 @@ class SequencePages:
         for group, table in self.tables.items():
             self._release(group, range(len(table)))
             table.clear()
-        self.num_tokens = 0
+        self.num_tokens = self._most_tokens = 0
 
     def _release(self, group: PageGroup, numbers: range) -> None:
         table = self.tables[group]

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from ascend_v4.cli.output import emit_json, say
 from ascend_v4.errors import ConfigError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @click.command()
@@ -69,16 +64,26 @@ def command(
     """
     if mtp and logprobs:
         raise ConfigError("--mtp and --logprobs exclude each other: logprobs are those of the main model.")
-    if not output_path.absolute().parent.is_dir():
-        raise ConfigError(f"--output {output_path}: its directory does not exist.")
+    if not checkpoint.is_dir():
+        raise ConfigError(f"{checkpoint} is not a directory. Name a checkpoint directory.")
     from ascend_v4.config import ModelConfig
     from ascend_v4.engine.runner import build_runner
-    from ascend_v4.engine.scoring import read_prompts, score_logits, score_logprobs
+    from ascend_v4.engine.scoring import (
+        read_prompts,
+        require_space,
+        require_writable,
+        score_prompts,
+        score_shapes,
+        write_scores,
+    )
 
+    require_writable(output_path)
     config = ModelConfig.from_file(checkpoint)
     prompts = read_prompts(
         input_path, vocab_size=config.vocab_size, max_tokens=config.max_position_embeddings
     )
+    shapes = score_shapes(prompts, config.vocab_size, mtp=mtp, logprobs=logprobs)
+    require_space(output_path, shapes)
     longest = max(len(prompt.input_ids) + len(prompt.decode_ids) for prompt in prompts)
     runner = build_runner(
         checkpoint,
@@ -90,16 +95,11 @@ def command(
         mtp=mtp,
     )
     started = time.perf_counter()
-    tensors: dict[str, Tensor] = {}
-    for index, prompt in enumerate(prompts):
-        say(f"prompt {index}: {len(prompt.input_ids)} tokens, {len(prompt.decode_ids)} forced")
-        if logprobs:
-            tensors[f"p{index}.logprobs"] = score_logprobs(runner, prompt, chunk_tokens=chunk_tokens)
-        else:
-            rows = score_logits(runner, prompt, chunk_tokens=chunk_tokens, mtp=mtp)
-            tensors |= {f"p{index}.{name}": value for name, value in rows.items()}
+    scored = score_prompts(
+        runner, prompts, chunk_tokens=chunk_tokens, mtp=mtp, logprobs=logprobs, announce=say
+    )
+    write_scores(output_path, shapes, scored)
     seconds = time.perf_counter() - started
-    _write(output_path, tensors)
     tokens = sum(len(prompt.input_ids) + len(prompt.decode_ids) for prompt in prompts)
     chosen = runner.loaded.numerics.name
     say(f"{tokens} tokens in {seconds:.2f} s, numerics {chosen}: {output_path}")
@@ -111,21 +111,6 @@ def command(
                 "prompts": len(prompts),
                 "tokens": tokens,
                 "seconds": round(seconds, 3),
-                "tensors": {name: list(value.shape) for name, value in tensors.items()},
+                "tensors": {name: list(shape) for name, shape in shapes.items()},
             }
         )
-
-
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, str(partial))
-        with partial.open("rb") as stream:
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise ConfigError(f"--output {path} cannot be written: {error.strerror or error}.") from None
-    finally:
-        partial.unlink(missing_ok=True)

@@ -152,10 +152,15 @@ class ModelRunner:
         return torch.cat(parts)
 
     def truncate(self, sequence: ModelSequence, num_tokens: int) -> None:
-        """Takes back the newest positions of a sequence (rejected speculative tokens)."""
+        """Takes back the newest positions of a sequence (rejected speculative tokens).
+
+        Raises ValueError further back than ROLLBACK_TOKENS from the most it ever had.
+        """
         sequence.pages.truncate(num_tokens)
 
     def _check(self, chunks: Sequence[Chunk]) -> None:
+        distinct = len({id(chunk.sequence) for chunk in chunks})
+        assert distinct == len(chunks), f"{len(chunks)} chunks of only {distinct} sequences in one call"
         for chunk in chunks:
             sequence = _own(chunk)
             check_token_ids(chunk.token_ids, self.vocab_size)
