@@ -184,9 +184,10 @@ def _report(
         f"decode, every active float32 weight read once at the measured {limits['read_gb_per_s']:.1f} GB/s.",
         "",
         "What bounds each: at this width neither engine reaches a limit of the machine. Prefill spends about",
-        "half its time in matrix products, too small (one per expert and tile) for the rate of a large one, the",
-        "rest in elementwise passes. Decode is bound by the launch of small operators: compare milliseconds with",
-        "operators per token. `native` quantises every activation, a dozen elementwise passes per linear layer.",
+        "half its time in matrix products, too small (one per expert and tile) for the rate of a large one,",
+        "the rest in elementwise passes. Decode is bound by the launch of small operators: compare its",
+        "milliseconds with the operators per token. `native` quantises every activation: a dozen more",
+        "elementwise passes per linear layer.",
         "",
     ]
     return "\n".join(lines)
