@@ -60,8 +60,9 @@ def sparse_attention(
     A query at position p sees window rows max(0, p - window_tokens + 1) .. p and, of the floor((p + 1) /
     ratio) visible compressed entries, the first min(K, visible) of its row in `selected`, or all where
     `selected` is None. Those must be distinct entry numbers below the visible count; the reference raises
-    ContractError for a number that is not visible, faster implementations do not look. Scores are float32; unnormalised probabilities are rounded
-    to q's dtype before they multiply the values, not in the denominator, to which exp(sink) is added.
+    ContractError for a number that is not visible, faster implementations do not look. Scores are float32;
+    unnormalised probabilities are rounded to q's dtype before they multiply the values, not in the
+    denominator, to which exp(sink) is added.
     """
     out_THD = torch.empty_like(q_THD)
     window = window_cache_CSD.view(-1, window_cache_CSD.shape[-1])
@@ -106,8 +107,8 @@ def visible_entries(
         if bool(wrong.any()):
             token, column = wrong.nonzero()[0].tolist()
             raise ContractError(
-                f"selected entry {entries[token, column].item()} of token {first_token + token}, column {column}: "
-                f"{visible[token].item()} entries are visible to it"
+                f"selected entry {entries[token, column].item()} of token {first_token + token}, "
+                f"column {column}: {visible[token].item()} entries are visible to it"
             )
     return torch.where(valid, entries, 0), valid
 
