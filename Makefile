@@ -4,12 +4,14 @@
 #   TORCH_VERSION  torch to install first
 #   TORCH_ARGS     options for that one pip install, such as an index with a CPU-only or vendor build
 #   BENCH_ARGS     options for the benchmark, such as --checkpoint DIR
+#   REPACK_BENCH_ARGS  options for the benchmark of repack, such as --workspace DIR
 #   PYTEST_ARGS    options for pytest, such as -k name
 
 PYTHON ?= python3
 TORCH_VERSION ?= 2.13.0
 TORCH_ARGS ?=
 BENCH_ARGS ?=
+REPACK_BENCH_ARGS ?=
 PYTEST_ARGS ?=
 
 VENV_PYTHON := .venv/bin/python
@@ -53,8 +55,9 @@ format: setup-dev ## rewrite the code in the project's format
 typecheck: setup-dev ## mypy, strict
 	$(VENV_PYTHON) -m mypy
 
-bench: setup ## compare tokens/s with transformers, write docs/benchmarks/
+bench: setup ## compare speeds with transformers and with plain writes, write docs/benchmarks/
 	$(VENV_PYTHON) -m ascend_v4.bench --output "docs/benchmarks/$$(date +%F)-cpu-transformers.md" $(BENCH_ARGS)
+	$(VENV_PYTHON) -m ascend_v4.bench.repack --output "docs/benchmarks/$$(date +%F)-cpu-repack.md" $(REPACK_BENCH_ARGS)
 
 wheel: setup ## build dist/*.whl
 	rm -rf build dist

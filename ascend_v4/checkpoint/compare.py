@@ -5,6 +5,7 @@ Runs on headers alone, before anything is loaded. Standard library only, so that
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from ascend_v4.checkpoint.index import Role, Specs, TensorSpec
@@ -26,8 +27,13 @@ class Comparison:
     """Tensors of draft blocks (dspark), listed and never loaded."""
 
 
-def compare(config: ModelConfig, specs: Specs, files: StoredFiles) -> Comparison:
-    """Every difference between the expected tensors and the files, in the order of the expected tensors."""
+def compare(
+    config: ModelConfig, specs: Specs, files: StoredFiles, *, known: Collection[str] = ()
+) -> Comparison:
+    """Every difference between the expected tensors and the files, in the order of the expected tensors.
+
+    `known` are names that may be there and are no surprise, though nothing loads them.
+    """
     missing = [name for name in specs if name not in files.tensors]
     absent = [_absence(name, specs[name]) for name in missing if name not in files.damaged]
     differing = [
@@ -36,7 +42,9 @@ def compare(config: ModelConfig, specs: Specs, files: StoredFiles) -> Comparison
         if name in files.tensors
         for problem in _differences(name, spec, files.tensors[name])
     ]
-    others = [name for name in [*files.tensors, *files.unreferenced] if name not in specs]
+    others = [
+        name for name in [*files.tensors, *files.unreferenced] if name not in specs and name not in known
+    ]
     drafts = [name for name in others if config.draft is not None and is_mtp(name)]
     unexpected = [name for name in others if config.draft is None or not is_mtp(name)]
     return Comparison(

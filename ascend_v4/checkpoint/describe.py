@@ -14,6 +14,7 @@ from typing import Any
 from ascend_v4.checkpoint.compare import Comparison, compare
 from ascend_v4.checkpoint.index import Role, Specs, expected_tensors
 from ascend_v4.checkpoint.names import is_mtp
+from ascend_v4.checkpoint.pack import Pack, PackedForm, find_pack, pack_tensors, require_unrotated
 from ascend_v4.checkpoint.shards import Problem, StoredFiles, find_shards, scan_shards
 from ascend_v4.config import LayerKind, ModelConfig, resolve_config_path
 
@@ -42,6 +43,7 @@ def describe(path: str | Path) -> dict[str, Any]:
 def examine(path: str | Path) -> Description:
     """Summary and damage of a checkpoint directory, a config file or a shipped config's name."""
     place = resolve_config_path(path)
+    pack = find_pack(place) if place.is_dir() else None
     config = ModelConfig.from_file(place)
     specs = expected_tensors(config)
     files: StoredFiles | None = None
@@ -49,7 +51,10 @@ def examine(path: str | Path) -> Description:
     damage: tuple[Problem, ...] = ()
     if place.is_dir() and find_shards(place):
         files = scan_shards(place)
-        comparison = compare(config, specs, files)
+        if pack is not None:
+            require_unrotated(place, pack, files.tensors)
+            specs = pack_tensors(config, pack, files.tensors)
+        comparison = compare(config, specs, files, known=() if pack is None else pack.kept_names())
         damage = tuple(problem for problem in comparison.problems if problem.kind not in _ABSENT_KINDS)
     summary: dict[str, Any] = {
         "path": str(path),
@@ -65,10 +70,27 @@ def examine(path: str | Path) -> Description:
         "quantization": {
             "linears": "fp8" if config.quantized else "bf16",
             "experts": config.expert_format.value if config.quantized else "bf16",
-        },
+        }
+        if pack is None
+        else _pack_formats(specs, pack),
+        "pack": None
+        if pack is None
+        else {"layout": pack.layout.value, "scheme": pack.scheme.value, "recipe": pack.recipe},
         "ignored_fields": list(config.unknown_fields),
     }
     return Description(summary=summary, damage=damage)
+
+
+def _pack_formats(specs: Specs, pack: Pack) -> dict[str, str]:
+    """Forms of the weights that a recipe may convert, the commonest first."""
+    forms: dict[Role, Counter[str]] = {Role.LINEAR: Counter(), Role.EXPERT: Counter()}
+    for name, spec in specs.items():
+        if spec.role in forms:
+            forms[spec.role][pack.forms.get(name, PackedForm.PLAIN).value] += 1
+    return {
+        "linears": ", ".join(form for form, _ in forms[Role.LINEAR].most_common()),
+        "experts": ", ".join(form for form, _ in forms[Role.EXPERT].most_common()),
+    }
 
 
 def count_parameters(config: ModelConfig, specs: Specs) -> dict[str, int]:

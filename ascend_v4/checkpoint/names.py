@@ -16,6 +16,15 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 MTP_PREFIX = "mtp."
 
+PACK_FILE = "ascend_v4.json"
+"""Description of a native pack."""
+DESCRIPTION_FILE = "quant_model_description.json"
+"""Description of a ModelSlim pack."""
+MANIFEST_FILE = "manifest.json"
+"""Written last by a repack: without it an output is unfinished."""
+JOURNAL_FILE = "repack.journal"
+"""There while a repack runs, or after one was interrupted."""
+
 
 @dataclass(frozen=True, slots=True)
 class LinearNames:

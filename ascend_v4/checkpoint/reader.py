@@ -12,6 +12,13 @@ import torch
 from ascend_v4.checkpoint.compare import Comparison, compare
 from ascend_v4.checkpoint.index import DTYPE_BYTES, Role, Specs, expected_tensors
 from ascend_v4.checkpoint.names import CONFIG_FILE
+from ascend_v4.checkpoint.pack import (
+    Pack,
+    find_pack,
+    pack_config,
+    pack_tensors,
+    require_unrotated,
+)
 from ascend_v4.checkpoint.shards import Problem, StoredFiles, StoredTensor, raise_problems, scan_shards
 from ascend_v4.config import ModelConfig
 from ascend_v4.errors import CheckpointError
@@ -44,24 +51,34 @@ class CheckpointReader:
     `open`, then `verify`, then `tensor`. Tensors stay valid after `close`: the last to go unmaps its shard.
     """
 
-    def __init__(self, directory: Path, config: ModelConfig, files: StoredFiles) -> None:
+    def __init__(
+        self, directory: Path, config: ModelConfig, files: StoredFiles, *, pack: Pack | None = None
+    ) -> None:
         self.directory = directory
-        self.config = config
+        self.config = config if pack is None else pack_config(config)
+        self.pack = pack
+        """How a pack says its weights are stored; None for the release layout."""
         self.specs: Specs = expected_tensors(config)
-        self.comparison: Comparison = compare(config, self.specs, files)
+        known: frozenset[str] = frozenset()
+        if pack is not None:
+            require_unrotated(directory, pack, [*files.tensors, *files.unreferenced])
+            self.specs = pack_tensors(config, pack, files.tensors)
+            known = pack.kept_names()
+        self.comparison: Comparison = compare(config, self.specs, files, known=known)
         self._files = files
         self._maps: dict[str, mmap.mmap] = {}
 
     @classmethod
     def open(cls, path: str | Path, *, config: ModelConfig | None = None) -> CheckpointReader:
-        """Read the headers of a checkpoint directory; the config is the directory's own unless one is given.
+        """Read the headers of a checkpoint or pack; the config is the directory's own unless one is given.
 
         Damaged shards do not stop it: `verify` reports them all. Raises CheckpointError, ConfigError.
         """
         directory = Path(path)
         if not directory.is_dir():
             raise CheckpointError(f"{directory} is not a directory. Name the one that holds {CONFIG_FILE}.")
-        return cls(directory, config or ModelConfig.from_file(directory), scan_shards(directory))
+        pack = find_pack(directory)
+        return cls(directory, config or ModelConfig.from_file(directory), scan_shards(directory), pack=pack)
 
     def verify(self) -> None:
         """Compare every expected tensor with the files; one CheckpointError lists every difference."""
@@ -100,6 +117,10 @@ class CheckpointReader:
             raise CheckpointError(
                 f"{self.directory}: no shard holds {name} whole. Run ascend-v4 inspect to see the damage."
             ) from None
+
+    def dtype(self, name: str) -> str:
+        """Safetensors spelling of a tensor's dtype. Raises CheckpointError where no shard holds it whole."""
+        return self.stored(name).dtype
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor in the file's own dtype, sharing memory with the mapping.

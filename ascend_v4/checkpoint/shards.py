@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from ascend_v4.checkpoint.index import DTYPE_BYTES
-from ascend_v4.checkpoint.names import INDEX_FILE, SINGLE_FILE
+from ascend_v4.checkpoint.names import DESCRIPTION_FILE, INDEX_FILE, SINGLE_FILE
 from ascend_v4.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
@@ -79,8 +79,9 @@ def scan_shards(directory: Path) -> StoredFiles:
     """
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory. Name the one that holds the shards.")
-    if (directory / INDEX_FILE).exists():
-        return _scan_indexed(directory, _read_weight_map(directory / INDEX_FILE))
+    index = _index_of(directory)
+    if index is not None:
+        return _scan_indexed(directory, _read_weight_map(index))
     if (directory / SINGLE_FILE).exists():
         return _scan_listed(directory, [SINGLE_FILE])
     files = sorted(path.name for path in directory.glob("*.safetensors"))
@@ -90,6 +91,16 @@ def scan_shards(directory: Path) -> StoredFiles:
             "or make one with: ascend-v4 make-checkpoint."
         )
     return _scan_listed(directory, files)
+
+
+def _index_of(directory: Path) -> Path | None:
+    """The index file; tools that write a ModelSlim description name theirs after its shards."""
+    if (directory / INDEX_FILE).exists():
+        return directory / INDEX_FILE
+    if not (directory / DESCRIPTION_FILE).exists():
+        return None
+    others = sorted(directory.glob("*.safetensors.index.json"))
+    return others[0] if len(others) == 1 else None
 
 
 def raise_problems(problems: Iterable[Problem], *, source: str) -> None:

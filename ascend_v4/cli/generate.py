@@ -53,6 +53,16 @@ from ascend_v4.cli.output import emit_json, say
     show_default=True,
     help="exact: float32 throughout; native: the release's own; auto: the checkpoint's own.",
 )
+@click.option(
+    "--quantize",
+    type=click.Choice(["w8a8", "w4a8", "mx", "bf16"]),
+    help="Repack while loading, without a copy on disk; the numerics are then the target's.",
+)
+@click.option(
+    "--cache-dir",
+    type=click.Path(path_type=Path),
+    help="Keep what --quantize makes in this folder, and use it the next time.",
+)
 @click.option("--json", "prints_json", is_flag=True, help="Print one JSON object instead of streaming.")
 def command(
     *,
@@ -68,6 +78,8 @@ def command(
     tokenizer: Path | None,
     device: str,
     numerics: str,
+    quantize: str | None,
+    cache_dir: Path | None,
     prints_json: bool,
 ) -> None:
     """Answer one prompt or conversation with CHECKPOINT.
@@ -104,6 +116,8 @@ def command(
         tokenizer=tokenizer,
         device=device,
         numerics=numerics,
+        quantize=quantize,
+        cache_dir=cache_dir,
     )
     answer = generate(config, on_text=show)
     if prints_json:

@@ -26,6 +26,7 @@ EXIT_BROKEN_PIPE = 141
 VERBS = {
     "make-checkpoint": "Write a random checkpoint in the release layout.",
     "inspect": "Describe a checkpoint or a config.json and list what differs.",
+    "repack": "Turn a checkpoint into what a chip runs, or check such an output.",
     "score": "Logits or logprobs of given tokens, written to a file.",
     "generate": "Answer one prompt or conversation, streamed.",
     "serve": "Serve a checkpoint over the OpenAI API.",

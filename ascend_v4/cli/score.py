@@ -38,6 +38,16 @@ from ascend_v4.errors import ConfigError
     help="exact: float32, nothing quantised. native: the release's own rounding. auto: the checkpoint's own.",
 )
 @click.option(
+    "--quantize",
+    type=click.Choice(["w8a8", "w4a8", "mx", "bf16"]),
+    help="Repack while loading, without a copy on disk; the numerics are then the target's.",
+)
+@click.option(
+    "--cache-dir",
+    type=click.Path(path_type=Path),
+    help="Keep what --quantize makes in this folder, and use it the next time.",
+)
+@click.option(
     "--chunk", "chunk_tokens", type=click.IntRange(min=1), help="Prefill in chunks of this many tokens."
 )
 @click.option("--mtp", is_flag=True, help="Also p{k}.mtp_prefill_logits of the MTP block.")
@@ -52,12 +62,14 @@ def command(
     output_path: Path,
     device: str,
     numerics: str,
+    quantize: str | None,
+    cache_dir: Path | None,
     chunk_tokens: int | None,
     mtp: bool,
     logprobs: bool,
     as_json: bool,
 ) -> None:
-    """Score given token ids with CHECKPOINT, a directory in the release layout. Needs no tokenizer.
+    """Score given token ids with CHECKPOINT, a directory in the release layout or a pack. Needs no tokenizer.
 
     For prompt k the output holds p{k}.prefill_logits [T, vocab] and p{k}.decode_logits [S, vocab] in float32:
     the logits after every prompt token and after every forced token.
@@ -66,6 +78,7 @@ def command(
         raise ConfigError("--mtp and --logprobs exclude each other: logprobs are those of the main model.")
     if not checkpoint.is_dir():
         raise ConfigError(f"{checkpoint} is not a directory. Name a checkpoint directory.")
+    from ascend_v4.checkpoint.pack import require_finished
     from ascend_v4.config import ModelConfig
     from ascend_v4.engine.runner import build_runner
     from ascend_v4.engine.scoring import (
@@ -78,6 +91,7 @@ def command(
     )
 
     require_writable(output_path)
+    require_finished(checkpoint)
     config = ModelConfig.from_file(checkpoint)
     prompts = read_prompts(
         input_path, vocab_size=config.vocab_size, max_tokens=config.max_position_embeddings
@@ -93,6 +107,8 @@ def command(
         cache_tokens=longest,
         max_sequences=1,
         mtp=mtp,
+        quantize=quantize,
+        cache_dir=cache_dir,
     )
     started = time.perf_counter()
     scored = score_prompts(

@@ -54,6 +54,16 @@ import click
     help="exact: float32 throughout; native: the release's own; auto: the checkpoint's own.",
 )
 @click.option(
+    "--quantize",
+    type=click.Choice(["w8a8", "w4a8", "mx", "bf16"]),
+    help="Repack while loading, without a copy on disk; the numerics are then the target's.",
+)
+@click.option(
+    "--cache-dir",
+    type=click.Path(path_type=Path),
+    help="Keep what --quantize makes in this folder, and use it the next time.",
+)
+@click.option(
     "--seed", type=click.IntRange(0, (1 << 63) - 1), help="Repeat the answers to calls without a seed."
 )
 @click.option("--api-key", help="Ask clients for this key. Default: ASCEND_V4_API_KEY, else none.")
@@ -70,6 +80,8 @@ def command(
     cache_tokens: int | None,
     device: str,
     numerics: str,
+    quantize: str | None,
+    cache_dir: Path | None,
     seed: int | None,
     api_key: str | None,
 ) -> None:
@@ -97,6 +109,8 @@ def command(
             limits=limits,
             device=device,
             numerics=numerics,
+            quantize=quantize,
+            cache_dir=cache_dir,
             seed=seed,
             api_key=api_key or env.API_KEY.read(),
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ascend_v4.chat import encode_messages
+from ascend_v4.checkpoint.pack import require_finished
 from ascend_v4.checkpoint.tokenizer import load_tokenizer
 from ascend_v4.config import ModelConfig
 from ascend_v4.engine.chat_text import ChatVocabulary
@@ -50,6 +51,9 @@ class GenerateConfig:
     """Where the tokenizer is; None means in the checkpoint."""
     device: str
     numerics: str
+    quantize: str | None = None
+    """Target the checkpoint is repacked to while it loads."""
+    cache_dir: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,6 +99,7 @@ def generate(config: GenerateConfig, *, on_text: Callable[[TextDelta], None]) ->
 
     Everything but the weights is checked before they are read. Raises AscendV4Error.
     """
+    require_finished(config.checkpoint)
     model = ModelConfig.from_file(config.checkpoint)
     request = _make_request(config, model)
     num_tokens = len(request.prompt_ids) + request.max_tokens
@@ -102,6 +107,8 @@ def generate(config: GenerateConfig, *, on_text: Callable[[TextDelta], None]) ->
         config.checkpoint,
         device=config.device,
         numerics=config.numerics,
+        quantize=config.quantize,
+        cache_dir=config.cache_dir,
         max_sequence_tokens=num_tokens,
         cache_tokens=num_tokens,
         max_sequences=1,

@@ -14,6 +14,7 @@ from torch import Tensor
 from ascend_v4.cache.layout import BLOCK_TOKENS, ENTRIES, WINDOW, CacheSpec, PageGroup, plan_pools
 from ascend_v4.cache.pages import PagePool, SequencePages, make_pools
 from ascend_v4.engine.protocol import Chunk
+from ascend_v4.engine.quantize import quantized_source
 from ascend_v4.errors import CacheFullError, ConfigError, RequestError
 from ascend_v4.model.caches import CacheTensors
 from ascend_v4.model.load import LoadedModel, load_model
@@ -247,11 +248,16 @@ def build_runner(
     cache_tokens: int,
     max_sequences: int = 64,
     mtp: bool = False,
+    quantize: str | None = None,
+    cache_dir: Path | None = None,
 ) -> ModelRunner:
     """Loads a checkpoint and gives it caches for `cache_tokens` positions over at most `max_sequences`
     sequences.
+
+    `quantize` names a target it is repacked to while it loads, `cache_dir` a folder that keeps the pack.
     """
-    loaded = load_model(checkpoint, device=device, numerics=numerics, mtp=mtp)
+    source = quantized_source(Path(checkpoint), quantize, cache_dir=cache_dir)
+    loaded = load_model(source, device=device, numerics=numerics, mtp=mtp)
     return ModelRunner(
         loaded,
         max_sequence_tokens=min(max_sequence_tokens, loaded.config.max_position_embeddings),

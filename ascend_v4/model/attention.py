@@ -44,7 +44,7 @@ class Attention:
             output_down, copy=builder.unpack.take(output_down)
         )
         self._output_up = builder.linear(names.output_up)
-        self._sinks_H = builder.weights.plain(names.sink)
+        self._sinks_H = builder.weights.float32(names.sink)
         self._compressor = (
             None
             if names.compressor is None

@@ -14,7 +14,7 @@ from ascend_v4.model.numerics import Numerics
 from ascend_v4.model.weights import WeightSource
 from ascend_v4.operators.contracts.linear import float32_linear, linear
 from ascend_v4.operators.contracts.norm import rms_norm
-from ascend_v4.operators.contracts.quantize import ActivationFormat, StoredWeight, WeightFormat
+from ascend_v4.operators.contracts.quantize import StoredWeight
 from ascend_v4.operators.select import OperatorTable
 
 Layer = Callable[[Tensor], Tensor]
@@ -58,8 +58,7 @@ class Builder:
     def linear(self, names: LinearNames) -> Layer:
         """x [T, K] -> [T, N] in x's dtype; activations are quantised in front of quantised weights only."""
         stored = self.weights.linear(names)
-        plain = stored.format is WeightFormat.PLAIN
-        activation = ActivationFormat.NONE if plain else self.numerics.activation
+        activation = self.numerics.activation_of(stored.format)
         prepared = self.operators.prepare(linear)(stored, copy=self.unpack.take(stored))
         run = self.operators[linear]
 

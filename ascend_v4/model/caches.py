@@ -24,7 +24,7 @@ class CacheTensors:
                 plan.pages[spec.group],
                 spec.rows_per_page,
                 spec.row_width,
-                dtype=torch.float32 if spec.is_state else dtype,
+                dtype=torch.float32 if spec.is_state or spec.is_wide else dtype,
                 device=device,
             )
             for spec in specs

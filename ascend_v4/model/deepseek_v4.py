@@ -24,7 +24,12 @@ class DeepSeekV4:
         self._num_streams, self._dtype = config.hc_mult, builder.dtype
         self._embedding_VD = builder.weights.plain(names.embedding)
         self.caches: list[LayerCaches] = [
-            layer_caches(config, kind, prefix=layer_prefix(index).rstrip("."))
+            layer_caches(
+                config,
+                kind,
+                prefix=layer_prefix(index).rstrip("."),
+                wide_index_keys=builder.numerics.has_wide_index_keys,
+            )
             for index, kind in enumerate(config.layer_kinds)
         ]
         self._blocks = [

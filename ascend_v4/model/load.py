@@ -17,7 +17,7 @@ from ascend_v4.model.build import UNPACK_BYTES, Builder, UnpackBudget
 from ascend_v4.model.deepseek_v4 import DeepSeekV4
 from ascend_v4.model.mtp import MtpBlock, require_mtp_block
 from ascend_v4.model.numerics import Numerics, numerics_by_name
-from ascend_v4.model.weights import WeightSource
+from ascend_v4.model.weights import TensorSource, WeightSource
 from ascend_v4.operators.select import BACKENDS, OperatorTable, select
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedModel:
-    """A model, what it was built with, and the mapping its weights may still point into."""
+    """A model, what it was built with, and the source whose mapping its weights may still point into."""
 
     config: ModelConfig
     numerics: Numerics
@@ -33,13 +33,13 @@ class LoadedModel:
     model: DeepSeekV4
     mtp: MtpBlock | None
     device: torch.device
-    reader: CheckpointReader
+    reader: TensorSource
 
 
 def load_model(
-    checkpoint: str | Path, *, device: str = "cpu", numerics: str = "auto", mtp: bool = False
+    checkpoint: str | Path | TensorSource, *, device: str = "cpu", numerics: str = "auto", mtp: bool = False
 ) -> LoadedModel:
-    """Loads a release-layout checkpoint.
+    """Loads a checkpoint in the release layout or a pack, from its directory or a source of its tensors.
 
     Raises CheckpointError listing every difference between config and files before anything is loaded;
     ConfigError for a config, numerics or `mtp` that cannot be run; DeviceError for a device this version has
@@ -50,8 +50,10 @@ def load_model(
     threads = CPU_THREADS.read()
     if threads is not None:
         torch.set_num_threads(threads)
-    chosen = numerics_by_name(numerics)
-    reader = CheckpointReader.open(checkpoint)
+    # a wrong name is worth no opening of files
+    numerics_by_name(numerics)
+    reader = CheckpointReader.open(checkpoint) if isinstance(checkpoint, (str, Path)) else checkpoint
+    chosen = numerics_by_name(numerics, scheme=None if reader.pack is None else reader.pack.scheme)
     if mtp:
         require_mtp_block(reader.config)
     reader.verify()

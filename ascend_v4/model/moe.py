@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from ascend_v4.checkpoint.names import MoeNames
+from ascend_v4.errors import CheckpointError
 from ascend_v4.model.build import Builder
 from ascend_v4.operators.contracts.activation import clamped_swiglu
 from ascend_v4.operators.contracts.moe import ExpertWeights, route_tokens, routed_experts
-from ascend_v4.operators.contracts.quantize import ActivationFormat, WeightFormat
+from ascend_v4.operators.contracts.quantize import ActivationFormat, StoredWeight
 
 
 class MixtureOfExperts:
@@ -20,12 +21,11 @@ class MixtureOfExperts:
         self._per_token, self._scaling = config.num_experts_per_tok, config.routed_scaling_factor
         self._limit = config.swiglu_limit
         self._router = builder.float32_linear(names.router)
-        self._bias_E = None if names.router_bias is None else builder.weights.plain(names.router_bias)
+        self._bias_E = None if names.router_bias is None else builder.weights.float32(names.router_bias)
         self._table_VK = None if names.token_experts is None else builder.weights.plain(names.token_experts)
         stored = builder.weights.experts(names.experts)
-        plain = stored.down[0].format is WeightFormat.PLAIN
-        self._activation = ActivationFormat.NONE if plain else builder.numerics.activation
         every = [part for parts in stored.gate_up for part in parts] + list(stored.down)
+        self._activation = _shared_activation(builder, every, names.experts[0].down.weight)
         self._experts: ExpertWeights = builder.operators.prepare(routed_experts)(
             stored, copy=builder.unpack.take(*every)
         )
@@ -59,3 +59,17 @@ class MixtureOfExperts:
     def _shared(self, x_TD: Tensor) -> Tensor:
         gate_up_TJ = torch.cat((self._shared_gate(x_TD), self._shared_up(x_TD)), dim=1)
         return self._shared_down(self._swiglu(gate_up_TJ, limit=self._limit))
+
+
+def _shared_activation(builder: Builder, weights: list[StoredWeight], name: str) -> ActivationFormat:
+    """What the inputs of the experts go through; plain weights beside integer ones leave theirs alone."""
+    found = {builder.numerics.activation_of(weight.format) for weight in weights}
+    if found == {ActivationFormat.NONE, ActivationFormat.INT8_TOKEN}:
+        return ActivationFormat.INT8_TOKEN
+    if len(found) > 1:
+        formats = ", ".join(sorted({weight.format.name for weight in weights}))
+        raise CheckpointError(
+            f"the experts beside {name} are stored in {formats}, whose inputs are quantised differently. "
+            "Store the experts of a layer alike, or use --numerics exact."
+        )
+    return found.pop()

@@ -19,6 +19,7 @@ from typing import Any
 import uvicorn
 from uvicorn.config import LOGGING_CONFIG
 
+from ascend_v4.checkpoint.pack import require_finished
 from ascend_v4.checkpoint.tokenizer import load_tokenizer
 from ascend_v4.config import ModelConfig
 from ascend_v4.engine.engine import Engine
@@ -60,6 +61,10 @@ class ServeConfig:
     limits: SchedulerLimits
     device: str = "cpu"
     numerics: str = "auto"
+    quantize: str | None = None
+    """Target the checkpoint is repacked to while it loads."""
+    cache_dir: Path | None = None
+    """Keeps what `quantize` makes; None means memory only."""
     seed: int | None = None
     api_key: str | None = None
 
@@ -145,6 +150,7 @@ def log_settings() -> dict[str, Any]:
 
 def _prepare(config: ServeConfig) -> tuple[StoppingServer, Service, socket.socket]:
     """Everything that is quick, so that most mistakes show before the weights are read."""
+    require_finished(config.checkpoint)
     model = ModelConfig.from_file(config.checkpoint)
     resolve_lengths(config, model_tokens=model.max_position_embeddings)
     tokenizer = load_tokenizer(config.tokenizer or config.checkpoint, config=model)
@@ -177,6 +183,8 @@ def _load_engine(config: ServeConfig) -> Engine:
         config.checkpoint,
         device=config.device,
         numerics=config.numerics,
+        quantize=config.quantize,
+        cache_dir=config.cache_dir,
         max_sequence_tokens=context_tokens,
         cache_tokens=cache_tokens,
         max_sequences=config.limits.max_num_seqs,

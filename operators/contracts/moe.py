@@ -14,14 +14,18 @@ from torch.nn import functional
 
 from ascend_v4.operators.contract import FLOAT32, FLOATS, INDICES, INT64, Spec, Tolerance, operator
 from ascend_v4.operators.contracts.activation import clamped_swiglu
-from ascend_v4.operators.contracts.linear import product_into
-from ascend_v4.operators.contracts.quantize import (
-    ACTIVATION_GROUP,
-    ActivationFormat,
-    StoredWeight,
-    WeightFormat,
-    fake_quantize_fp8,
+from ascend_v4.operators.contracts.linear import (
+    Int8Rows,
+    int8_product,
+    int8_rows,
+    prepare_linear,
+    product_into,
+    quantized,
 )
+from ascend_v4.operators.contracts.quantize import ActivationFormat, StoredWeight, WeightFormat
+
+WEIGHED_AFTER = (ActivationFormat.INT8_TOKEN, ActivationFormat.MXFP8)
+"""Activation formats with which the routing weight multiplies the result of the down projection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,22 +41,26 @@ def prepare_experts(weights: ExpertWeights, *, copy: bool) -> ExpertWeights:
     if not copy:
         return weights
     return ExpertWeights(
-        tuple((_joined(parts),) for parts in weights.gate_up),
-        tuple(_plain(weight.to_float32()) for weight in weights.down),
+        tuple(_joined(parts) for parts in weights.gate_up),
+        tuple(prepare_linear(weight, copy=True) for weight in weights.down),
     )
 
 
-def _joined(parts: tuple[StoredWeight, ...]) -> StoredWeight:
+def _joined(parts: tuple[StoredWeight, ...]) -> tuple[StoredWeight, ...]:
+    if any(part.is_integer for part in parts):
+        copies = tuple(prepare_linear(part, copy=True) for part in parts)
+        scales = [copy.scale for copy in copies if copy.scale is not None]
+        if len(scales) < len(copies):
+            # a plain weight beside an integer one: their inputs differ
+            return copies
+        codes = torch.cat([copy.codes for copy in copies])
+        return (StoredWeight(codes, torch.cat(scales), WeightFormat.INT8_CHANNEL),)
     whole = torch.empty(sum(part.num_outputs for part in parts), parts[0].num_inputs)
     first = 0
     for part in parts:
         whole[first : first + part.num_outputs] = part.to_float32()
         first += part.num_outputs
-    return _plain(whole)
-
-
-def _plain(matrix: Tensor) -> StoredWeight:
-    return StoredWeight(matrix, None, WeightFormat.PLAIN)
+    return (StoredWeight(whole, None, WeightFormat.PLAIN),)
 
 
 @operator(
@@ -101,38 +109,43 @@ def routed_experts(
 ) -> Annotated[Tensor, Spec("T D", FLOAT32)]:
     """Sum over each token's experts, in float32.
 
-    Rows are sorted by expert and go through grouped products; each product is rounded to x's dtype, the
-    routing weight stands before the down projection.
+    Rows are sorted by expert and go through grouped products; each product is rounded to x's dtype. The
+    routing weight stands before the down projection as in the release; with INT8_TOKEN and MXFP8 it stands
+    after, in float32, as on the chips that have these formats. With INT8_TOKEN a plain weight gets its input
+    as it is.
     """
     tokens, per_token = expert_ids_TK.shape
     order_R = expert_ids_TK.flatten().sort(stable=True).indices
     counts = torch.bincount(expert_ids_TK.flatten(), minlength=len(experts.down)).tolist()
-    rows_RD = quantized_rows(x_TD, activation).index_select(
-        0, torch.div(order_R, per_token, rounding_mode="floor")
-    )
-    gate_up = _grouped_product(rows_RD, counts, experts.gate_up)
-    hidden = clamped_swiglu.reference(gate_up, weights_TK.flatten()[order_R], limit=swiglu_limit)
+    token_R = torch.div(order_R, per_token, rounding_mode="floor")
+    rows = quantized_rows(x_TD, activation)
+    rows = rows.at(token_R) if isinstance(rows, Int8Rows) else rows.index_select(0, token_R)
+    gate_up = _grouped_product(rows, counts, experts.gate_up)
+    weights_R = weights_TK.flatten()[order_R]
+    is_weighed_after = activation in WEIGHED_AFTER
+    hidden = clamped_swiglu.reference(gate_up, None if is_weighed_after else weights_R, limit=swiglu_limit)
     down = _grouped_product(
         quantized_rows(hidden, activation), counts, tuple((part,) for part in experts.down)
-    )
+    ).float()
+    if is_weighed_after:
+        down *= weights_R.unsqueeze(-1)
     out_RD = torch.empty_like(down, dtype=torch.float32)
-    out_RD.index_copy_(0, order_R, down.float())
+    out_RD.index_copy_(0, order_R, down)
     return out_RD.view(tokens, per_token, out_RD.shape[1]).sum(1)
 
 
-def quantized_rows(rows: Tensor, activation: ActivationFormat) -> Tensor:
+def quantized_rows(rows: Tensor, activation: ActivationFormat) -> Tensor | Int8Rows:
     """Rows as the products of a layer with this activation format see them."""
-    if activation is ActivationFormat.FP8_GROUP:
-        return fake_quantize_fp8.reference(rows, group=ACTIVATION_GROUP)
-    return rows
+    return int8_rows(rows) if activation is ActivationFormat.INT8_TOKEN else quantized(rows, activation)
 
 
 def _grouped_product(
-    rows_RK: Tensor, counts: list[int], weights: tuple[tuple[StoredWeight, ...], ...]
+    rows_RK: Tensor | Int8Rows, counts: list[int], weights: tuple[tuple[StoredWeight, ...], ...]
 ) -> Tensor:
     """Each run of rows times its own expert's weights, side by side where an expert has several."""
     width = sum(part.num_outputs for part in weights[0])
-    out = rows_RK.new_empty(rows_RK.shape[0], width)
+    values_RK = rows_RK.values_TK if isinstance(rows_RK, Int8Rows) else rows_RK
+    out = values_RK.new_empty(values_RK.shape[0], width)
     first = 0
     for expert_index, count in enumerate(counts):
         if count == 0:
@@ -140,7 +153,10 @@ def _grouped_product(
         column = 0
         for part in weights[expert_index]:
             target = out[first : first + count, column : column + part.num_outputs]
-            product_into(target, rows_RK[first : first + count].float(), part)
+            if isinstance(rows_RK, Int8Rows) and part.is_integer:
+                target.copy_(int8_product(rows_RK.between(first, first + count), part))
+            else:
+                product_into(target, values_RK[first : first + count].float(), part)
             column += part.num_outputs
         first += count
     return out

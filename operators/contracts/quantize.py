@@ -1,8 +1,7 @@
-"""The release's number formats: quantise, dequantise, and the fake quantisation its kernels apply to
-activations.
+"""Number formats of the release and of packs: quantise, dequantise, and the fake quantisation of activations.
 
-Legend: N outputs, K inputs, T rows. Scales are powers of two (E8M0), so a scaled code is exact in bfloat16.
-Source of every rule: the release's kernel.py, later revision.
+Legend: N outputs, K inputs, T rows, H pairs of outputs. E8M0 scales are powers of two, so a code times one is
+exact in bfloat16. Source of the release's rules: its kernel.py, later revision.
 """
 
 from __future__ import annotations
@@ -29,6 +28,12 @@ KV_GROUP = 64
 FP4_GROUP = 32
 WEIGHT_BLOCK = 128
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+MX_GROUP = 32
+"""Inputs that share one scale in the OCP microscaling formats."""
+E4M3_EXPONENT = 8
+"""Of the largest E4M3 number, 448 = 1.75 * 2^8."""
+INT8_MAX = 127.0
+LARGEST_FLOAT16 = 65504.0
 
 
 class WeightFormat(Enum):
@@ -37,6 +42,9 @@ class WeightFormat(Enum):
     PLAIN = "plain"
     FP8_BLOCK = "fp8 e4m3, one e8m0 scale per 128x128"
     FP4_GROUP = "fp4 e2m1, two per byte low nibble first, one e8m0 scale per row and 32 inputs"
+    MXFP8 = "fp8 e4m3, one e8m0 scale per row and 32 inputs"
+    INT8_CHANNEL = "int8, one float32 scale per output"
+    INT4_CHANNEL = "int4, two outputs per byte low nibble first, one float32 scale per output"
 
 
 class ActivationFormat(Enum):
@@ -44,6 +52,8 @@ class ActivationFormat(Enum):
 
     NONE = "none"
     FP8_GROUP = "fp8 e4m3 per 128 inputs, power-of-two scale"
+    INT8_TOKEN = "int8 per token, float32 scale"
+    MXFP8 = "fp8 e4m3 per 32 inputs, power-of-two scale by the OCP rule"
 
 
 class KvFormat(Enum):
@@ -58,14 +68,17 @@ class IndexFormat(Enum):
 
     PLAIN = "plain"
     FP4_GROUP = "Hadamard rotation, then fp4 e2m1 per 32 channels"
+    INT8 = "Hadamard rotation, then int8 per query head or key, float16 scale"
+    FP8 = "Hadamard rotation, then fp8 e4m3 per query head or key, float32 scale"
 
 
 @dataclass(frozen=True, slots=True)
 class StoredWeight:
     """A weight as its file has it.
 
-    codes: [N, K] in a plain dtype or float8_e4m3fn, or [N, K/2] int8 for FP4. scale: uint8 or float8_e8m0fnu,
-    or None.
+    codes: [N, K] in a plain dtype, float8_e4m3fn or int8; [N, K/2] int8 for FP4; [N/2, K] int8 for INT4. INT8
+    codes may be whole numbers in float32. scale: uint8 or float8_e8m0fnu; float32 [N] for INT8 and INT4; or
+    None.
     """
 
     codes: Tensor
@@ -75,18 +88,32 @@ class StoredWeight:
     @property
     def num_outputs(self) -> int:
         """Rows, N."""
-        return self.codes.shape[0]
+        return self.codes.shape[0] * (2 if self.format is WeightFormat.INT4_CHANNEL else 1)
 
     @property
     def num_inputs(self) -> int:
         """Logical columns, K."""
         return self.codes.shape[1] * (2 if self.format is WeightFormat.FP4_GROUP else 1)
 
+    @property
+    def is_integer(self) -> bool:
+        """Whether the numbers are whole ones times a scale per output."""
+        return self.format in (WeightFormat.INT8_CHANNEL, WeightFormat.INT4_CHANNEL)
+
+    def whole_numbers(self) -> Tensor:
+        """Codes of an integer weight, [N, K] float32; their own memory where they are that already."""
+        assert self.is_integer, self.format
+        codes = unpack_int4(self.codes) if self.format is WeightFormat.INT4_CHANNEL else self.codes
+        return codes.float()
+
     def rows(self, low: int, high: int) -> StoredWeight:
-        """Rows low to high as a weight of their own; `low` must be a multiple of 128 for FP8 blocks."""
+        """Rows low to high as a weight of their own; `low` is a multiple of 128 for FP8, even for INT4."""
         if self.scale is None or self.format is WeightFormat.PLAIN:
             return StoredWeight(self.codes[low:high], None, self.format)
-        if self.format is WeightFormat.FP4_GROUP:
+        if self.format is WeightFormat.INT4_CHANNEL:
+            assert low % 2 == 0, low
+            return StoredWeight(self.codes[low // 2 : -(-high // 2)], self.scale[low:high], self.format)
+        if self.format is not WeightFormat.FP8_BLOCK:
             return StoredWeight(self.codes[low:high], self.scale[low:high], self.format)
         assert low % WEIGHT_BLOCK == 0, low
         blocks = self.scale[low // WEIGHT_BLOCK : -(-high // WEIGHT_BLOCK)]
@@ -100,6 +127,10 @@ class StoredWeight:
             raise ContractError(f"a weight in {self.format.value} needs a scale")
         if self.format is WeightFormat.FP8_BLOCK:
             return dequantize_fp8_block(self.codes, self.scale)
+        if self.format is WeightFormat.MXFP8:
+            return dequantize_mxfp8(self.codes, self.scale)
+        if self.is_integer:
+            return self.whole_numbers() * self.scale.view(-1, 1)
         return dequantize_fp4_group(self.codes, self.scale)
 
 
@@ -183,6 +214,20 @@ def dequantize_fp4_group(
     return (grouped * scale_to_float32(scale).unsqueeze(-1)).view(rows, packed * 2)
 
 
+def dequantize_mxfp8(codes_NK: Tensor, scale_NG: Tensor) -> Tensor:
+    """Real numbers of an MXFP8 weight, [N, K] float32; scale is [N, K/32]."""
+    rows, columns = codes_NK.shape
+    grouped = codes_NK.float().view(rows, columns // MX_GROUP, MX_GROUP)
+    return (grouped * scale_to_float32(scale_NG).unsqueeze(-1)).view(rows, columns)
+
+
+def unpack_int4(codes_HK: Tensor) -> Tensor:
+    """Codes of an INT4 weight, [N, K] int8 in [-8, 7]: a byte has the even output in its low nibble."""
+    low = codes_HK & 15
+    low = low - ((low & 8) << 1)
+    return torch.stack((low, codes_HK >> 4), dim=1).flatten(0, 1)
+
+
 def _pair_table(device: torch.device) -> Tensor:
     """The two E2M1 numbers of every byte, [256, 2] float32."""
     one_nibble = torch.tensor([*E2M1_VALUES, *(-value for value in E2M1_VALUES)], device=device)
@@ -201,12 +246,57 @@ def hadamard_matrix(width: int, *, device: torch.device | None = None) -> Tensor
     return torch.mul(matrix, width**-0.5)
 
 
-@operator(source="reference/model.md 2.6", tolerance=BITWISE)
+@operator(source="ascend-operators.md 4.1 and 19.4: npu_dynamic_quant", tolerance=BITWISE)
+def quantize_int8_token(values: Annotated[Tensor, Spec("T K", FLOATS)]) -> tuple[Tensor, Tensor]:
+    """Int8 codes [T, K] and float32 scales [T] of rows: scale is amax / 127, codes round to nearest even.
+
+    A row of zeros has scale 0 and codes 0; the vendor leaves that case open.
+    """
+    wide = values.float()
+    # a row without columns has no largest magnitude
+    amax = wide.abs().amax(-1, keepdim=True) if wide.shape[-1] else wide.new_zeros(len(wide), 1)
+    scale = amax / INT8_MAX
+    codes = torch.where(scale > 0, wide / scale, 0.0).round().clamp(-INT8_MAX, INT8_MAX)
+    return codes.to(torch.int8), scale.squeeze(-1)
+
+
+@operator(source="OCP microscaling 1.0; ascend-operators.md 4.2: npu_dynamic_mx_quant", tolerance=BITWISE)
+def fake_quantize_mxfp8(
+    values: Annotated[Tensor, Spec("T K", FLOATS)],
+) -> Annotated[Tensor, Spec("T K", FLOATS)]:
+    """Values after a trip through E4M3 with one power-of-two scale per 32 channels by the OCP rule.
+
+    The scale is 2^(floor(log2(amax)) - 8), at least 2^-126; codes beyond 448 are cut, so that the largest
+    magnitude of a group may lose up to an eighth. The release's own rule rounds the scale up instead. The
+    result has the input's dtype, in which it is exact.
+    """
+    grouped, width = _grouped(values.float(), MX_GROUP)
+    exponent = grouped.abs().amax(-1, keepdim=True).view(torch.int32) >> 23
+    scale = ((exponent - E4M3_EXPONENT).clamp_min(1) << 23).view(torch.float32)
+    codes = (grouped / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return (codes.float() * scale).flatten(-2)[..., :width].to(values.dtype)
+
+
+@operator(source="reference/model.md 2.6; ascend-operators.md 8", tolerance=BITWISE)
 def quantize_index(
     values: Annotated[Tensor, Spec("T K", FLOATS)], *, format: IndexFormat
 ) -> Annotated[Tensor, Spec("T K", FLOATS)]:
-    """Indexer queries (heads as rows) or keys as the scores will see them. PLAIN returns the input."""
+    """Indexer queries (heads as rows) or keys as the scores will see them. PLAIN returns the input.
+
+    INT8 and FP8 give float32, which holds a code times its scale; the others keep the dtype.
+    """
     if format is IndexFormat.PLAIN:
         return values
     rotated = (values.float() @ hadamard_matrix(values.shape[-1], device=values.device)).to(values.dtype)
+    if format is IndexFormat.INT8:
+        codes, scale = quantize_int8_token.reference(rotated)
+        return codes.float() * scale.clamp_max(LARGEST_FLOAT16).half().float().unsqueeze(-1)
+    if format is IndexFormat.FP8:
+        return _fp8_rows(rotated.float())
     return fake_quantize_fp4.reference(rotated, group=FP4_GROUP)
+
+
+def _fp8_rows(rows: Tensor) -> Tensor:
+    scale = rows.abs().amax(-1, keepdim=True) / FP8_MAX
+    codes = torch.where(scale > 0, rows / scale, 0.0).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return codes.float() * scale

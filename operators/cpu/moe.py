@@ -6,8 +6,13 @@ import torch
 from torch import Tensor
 
 from ascend_v4.operators.contract import implements
-from ascend_v4.operators.contracts.linear import product, rounded, widened
-from ascend_v4.operators.contracts.moe import ExpertWeights, quantized_rows, route_tokens, routed_experts
+from ascend_v4.operators.contracts.linear import product, quantized, rounded, widened
+from ascend_v4.operators.contracts.moe import (
+    WEIGHED_AFTER,
+    ExpertWeights,
+    route_tokens,
+    routed_experts,
+)
 from ascend_v4.operators.contracts.quantize import ActivationFormat
 from ascend_v4.operators.cpu.activation import swiglu_rows
 from ascend_v4.operators.native import NEEDS, cpu_kernels, cpu_unusable
@@ -25,14 +30,14 @@ def routed_experts_by_row(
     swiglu_limit: float,
     activation: ActivationFormat,
 ) -> Tensor:
-    """Row by row for few tokens, the reference's grouped products otherwise."""
-    if not 0 < len(x_TD) <= FEW_TOKENS:
+    """Row by row for few tokens in the release's formats, the reference's grouped products otherwise."""
+    if not 0 < len(x_TD) <= FEW_TOKENS or activation in WEIGHED_AFTER:
         return routed_experts.reference(
             x_TD, weights_TK, expert_ids_TK, experts, swiglu_limit=swiglu_limit, activation=activation
         )
     tokens, per_token = expert_ids_TK.shape
     ids = expert_ids_TK.flatten().tolist()
-    rows = torch.split(widened(quantized_rows(x_TD, activation)), 1)
+    rows = torch.split(widened(quantized(x_TD, activation)), 1)
     gate_up = [
         product(rows[index // per_token], part)
         for index, expert_id in enumerate(ids)
@@ -40,7 +45,7 @@ def routed_experts_by_row(
     ]
     joined = rounded(torch.cat(gate_up, dim=1).view(len(ids), -1), x_TD.dtype)
     hidden = swiglu_rows(joined, weights_TK.flatten(), limit=swiglu_limit)
-    rows = torch.split(widened(quantized_rows(hidden, activation)), 1)
+    rows = torch.split(widened(quantized(hidden, activation)), 1)
     down = [product(rows[index], experts.down[expert_id]) for index, expert_id in enumerate(ids)]
     each = widened(rounded(torch.cat(down), x_TD.dtype))
     return each.view(tokens, per_token, -1).sum(1)

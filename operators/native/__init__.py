@@ -29,6 +29,27 @@ SIGNATURES = {
     ),
     "ascend_v4_collapse_streams": (POINTER, POINTER, COUNT, COUNT, COUNT, POINTER),
     "ascend_v4_spread_output": (POINTER, POINTER, POINTER, POINTER, COUNT, COUNT, COUNT, POINTER),
+    "ascend_v4_fp4_to_int8": (
+        POINTER,
+        POINTER,
+        *(COUNT, COUNT, COUNT),
+        *(POINTER, POINTER, POINTER, POINTER),
+    ),
+    "ascend_v4_fp4_to_int4": (
+        *(POINTER, POINTER),
+        *(COUNT, COUNT, COUNT),
+        *(POINTER, POINTER, POINTER, POINTER, POINTER, POINTER),
+    ),
+    "ascend_v4_fp8_to_int8": (
+        POINTER,
+        POINTER,
+        *(COUNT, COUNT, COUNT),
+        *(POINTER, POINTER, POINTER, POINTER),
+    ),
+    "ascend_v4_bf16_to_int8": (POINTER, COUNT, COUNT, POINTER, POINTER, POINTER, POINTER),
+    "ascend_v4_fp4_to_bf16": (POINTER, POINTER, COUNT, COUNT, POINTER, POINTER),
+    "ascend_v4_fp8_to_bf16": (POINTER, POINTER, COUNT, COUNT, COUNT, POINTER, POINTER),
+    "ascend_v4_negative_zeros": (POINTER, COUNT, COUNT, POINTER, POINTER),
 }
 """C parameters of every kernel; all return nothing. A test compares them with the sources."""
 

@@ -48,12 +48,18 @@ def _rows_and(**fixed: object) -> dict[str, dict[str, Any]]:
 
 def _number_formats() -> dict[str, list[Recipe]]:
     def values(draw: Draw, *, rows: int, width: int, group: int) -> Inputs:
-        x = draw.normal(rows, width, scale=30.0)
+        x = draw.uneven(rows, width, scale=30.0)
         return Inputs(arguments={"values": x, "group": group})
 
     def index_values(draw: Draw, *, rows: int, width: int, format: IndexFormat) -> Inputs:
         # Whole numbers, and a width whose square root is a power of two: the rotation is exact in any order.
         return Inputs(arguments={"values": draw.whole(rows, width, largest=8), "format": format})
+
+    def rows_alone(draw: Draw, *, rows: int, width: int) -> Inputs:
+        x = draw.normal(rows, width, scale=30.0)
+        # a row of zeros has a scale of its own rule
+        x[1::3] = 0
+        return Inputs(arguments={"values": x})
 
     def fp8(draw: Draw, *, rows: int, width: int) -> Inputs:
         weight = draw.fp8_weight(rows, width)
@@ -85,12 +91,18 @@ def _number_formats() -> dict[str, list[Recipe]]:
             },
             largest={**largest, "group": 32},
         ),
+        "quantize_int8_token": sized(
+            rows_alone, {**_rows_and(width=200), **edges, "edge-1": {"rows": 3, "width": 1}}, largest=largest
+        ),
+        "fake_quantize_mxfp8": sized(rows_alone, {**_rows_and(width=80), **edges}, largest=largest),
         "quantize_index": sized(
             index_values,
             {
                 **_rows_and(width=64, **fp4_format),
                 "edge-plain": {"rows": 3, "width": 64, **plain},
                 "edge-256": {"rows": 3, "width": 256, **fp4_format},
+                "edge-int8": {"rows": 3, "width": 64, "format": IndexFormat.INT8},
+                "edge-fp8": {"rows": 3, "width": 64, "format": IndexFormat.FP8},
             },
             largest={"rows": 64 * 4096, "width": 64, **fp4_format},
         ),
@@ -108,24 +120,32 @@ def _weight(draw: Draw, format: str, num_outputs: int, num_inputs: int) -> Store
         return draw.fp8_weight(num_outputs, num_inputs)
     if format == "fp4":
         return draw.fp4_weight(num_outputs, num_inputs)
+    if format == "mxfp8":
+        return draw.mxfp8_weight(num_outputs, num_inputs)
+    if format in ("int8", "int4"):
+        return draw.integer_weight(num_outputs, num_inputs, bits=int(format[-1]))
     return draw.plain_weight(
         num_outputs, num_inputs, torch.float32 if format == "float32" else torch.bfloat16
     )
 
 
 def _activation(format: str) -> ActivationFormat:
+    if format in ("int8", "int4"):
+        return ActivationFormat.INT8_TOKEN
+    if format == "mxfp8":
+        return ActivationFormat.MXFP8
     return ActivationFormat.FP8_GROUP if format in ("fp8", "fp4") else ActivationFormat.NONE
 
 
 def _linear_layers() -> dict[str, list[Recipe]]:
     def one(draw: Draw, *, rows: int, inputs: int, outputs: int, format: str) -> Inputs:
         weight = _weight(draw, format, outputs, inputs)
-        arguments = {"x_TK": draw.normal(rows, inputs), "weight": weight, "activation": _activation(format)}
+        arguments = {"x_TK": draw.uneven(rows, inputs), "weight": weight, "activation": _activation(format)}
         return Inputs(arguments=arguments, prepared="weight")
 
     def wide(draw: Draw, *, rows: int, inputs: int, outputs: int, format: str) -> Inputs:
         weight = _weight(draw, format, outputs, inputs)
-        return Inputs(arguments={"x_TK": draw.normal(rows, inputs), "weight": weight}, prepared="weight")
+        return Inputs(arguments={"x_TK": draw.uneven(rows, inputs), "weight": weight}, prepared="weight")
 
     def grouped(draw: Draw, *, rows: int, groups: int, inputs: int, outputs: int, format: str) -> Inputs:
         weight = _weight(draw, format, groups * outputs, inputs)
@@ -137,6 +157,9 @@ def _linear_layers() -> dict[str, list[Recipe]]:
         **_rows_and(inputs=160, outputs=96, format="fp8"),
         "edge-fp8": {"rows": 3, "inputs": 129, "outputs": 257, "format": "fp8"},
         "edge-fp4": {"rows": 3, "inputs": 96, "outputs": 33, "format": "fp4"},
+        "edge-mxfp8": {"rows": 3, "inputs": 96, "outputs": 130, "format": "mxfp8"},
+        "edge-int8": {"rows": 3, "inputs": 1300, "outputs": 33, "format": "int8"},
+        "edge-int4": {"rows": 2, "inputs": 129, "outputs": 130, "format": "int4"},
         "edge-bf16": {"rows": 3, "inputs": 127, "outputs": 1, "format": "bf16"},
         "edge-float32": {"rows": 1, "inputs": 128, "outputs": 129, "format": "float32"},
     }
@@ -198,12 +221,12 @@ def _norms_and_rotation() -> dict[str, list[Recipe]]:
         "rms_norm": sized(
             weighted,
             {**_rows_and(width=96), "edge-127": {"rows": 3, "width": 127}, "edge-bf16-weight": bf16_weight},
-            largest={"rows": 8192, "width": 7168},
+            largest={"rows": 4096, "width": 7168},
         ),
         "head_rms_norm": sized(
             by_head,
             {**_rows_and(heads=3, width=96), "edge-1": {"rows": 127, "heads": 1, "width": 129}},
-            largest={"rows": 1024, "heads": 128, "width": 512},
+            largest={"rows": 512, "heads": 128, "width": 512},
         ),
         "rotate": sized(
             rotated,
@@ -246,6 +269,10 @@ def _experts() -> dict[str, list[Recipe]]:
             {
                 **_rows_and(hidden=96, inner=64, format="fp4"),
                 "edge-fp8": {"rows": 3, "hidden": 160, "inner": 129, "format": "fp8"},
+                "edge-mxfp8": {"rows": 2, "hidden": 96, "inner": 64, "format": "mxfp8"},
+                "edge-int8": {"rows": 37, "hidden": 160, "inner": 66, "format": "int8"},
+                "edge-int8-few": {"rows": 2, "hidden": 160, "inner": 66, "format": "int8"},
+                "edge-int4": {"rows": 5, "hidden": 160, "inner": 66, "format": "int4"},
                 "edge-bf16": {"rows": 2, "hidden": 48, "inner": 33, "format": "bf16"},
                 "edge-one-expert": {
                     "rows": 129,
@@ -257,7 +284,7 @@ def _experts() -> dict[str, list[Recipe]]:
                 },
             },
             largest={
-                "rows": 128,
+                "rows": 3,
                 "hidden": 7168,
                 "inner": 3072,
                 "format": "fp4",
@@ -311,7 +338,7 @@ def _expert_block(
     )
     ids = draw.lay_out(draw.subsets(rows, below=experts, width=per_token).to(torch.int32))
     arguments = {
-        "x_TD": draw.normal(rows, hidden),
+        "x_TD": draw.uneven(rows, hidden),
         "weights_TK": draw.normal(rows, per_token, dtype=torch.float32),
         "expert_ids_TK": ids,
         "experts": block,

@@ -12,11 +12,19 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from ascend_v4.operators.contracts.quantize import FP4_GROUP, WEIGHT_BLOCK, StoredWeight, WeightFormat
+from ascend_v4.operators.contracts.quantize import (
+    FP4_GROUP,
+    MX_GROUP,
+    WEIGHT_BLOCK,
+    StoredWeight,
+    WeightFormat,
+)
 from ascend_v4.operators.testing.poison import poison
 
 LEFT_PAD, RIGHT_PAD = 1, 2
 """Elements around each row of a sliced tensor; odd, so that pairs and vectors lose their alignment."""
+STEP_CHANNELS = 32
+"""Channels of one size in uneven rows: no group of any format is smaller."""
 
 
 class Layout(Enum):
@@ -47,6 +55,16 @@ class Draw:
     def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         """Normal numbers in the case's dtype, or another."""
         return self.lay_out(self._normal(*shape, scale=scale).to(dtype or self.dtype))
+
+    def uneven(self, rows: int, width: int, *, scale: float = 1.0) -> Tensor:
+        """Normal numbers whose size changes by up to 2^-12 every few channels.
+
+        Neighbouring groups of a quantiser then need different scales: a group of the wrong width shows, which
+        it does not among numbers of one size, since FP8 codes float.
+        """
+        steps = torch.randint(-12, 1, (-(-width // STEP_CHANNELS),), generator=self._generator)
+        sizes = torch.exp2(steps.float()).repeat_interleave(STEP_CHANNELS)[:width]
+        return self.lay_out((self._normal(rows, width, scale=scale) * sizes).to(self.dtype))
 
     def whole(self, *shape: int, largest: int, dtype: torch.dtype | None = None) -> Tensor:
         """Small whole numbers: sums of their products are exact in float32, whatever the order."""
@@ -120,13 +138,31 @@ class Draw:
         scales = self.scales(num_outputs, num_inputs // FP4_GROUP, middle=122)
         return StoredWeight(self.lay_out(codes), self.lay_out(scales), WeightFormat.FP4_GROUP)
 
+    def mxfp8_weight(self, num_outputs: int, num_inputs: int) -> StoredWeight:
+        """Any E4M3 codes but NaN, with a scale per 32 inputs."""
+        codes = self.fp8_weight(num_outputs, num_inputs).codes
+        scales = self.scales(num_outputs, num_inputs // MX_GROUP, middle=115)
+        return StoredWeight(codes, self.lay_out(scales), WeightFormat.MXFP8)
+
+    def integer_weight(self, num_outputs: int, num_inputs: int, *, bits: int) -> StoredWeight:
+        """INT8 codes within +-127, or INT4 within +-7 in pairs of outputs, with a scale per output."""
+        scale = self.lay_out(self._normal(num_outputs).abs() * num_inputs**-0.5 / 64)
+        if bits == 8:
+            codes = self.whole(num_outputs, num_inputs, largest=127, dtype=torch.int8)
+            return StoredWeight(codes, scale, WeightFormat.INT8_CHANNEL)
+        low, high = (
+            torch.randint(-7, 8, (num_outputs // 2, num_inputs), generator=self._generator) for _ in range(2)
+        )
+        codes = (((high << 4) | (low & 15)) & 0xFF).to(torch.uint8).view(torch.int8)
+        return StoredWeight(self.lay_out(codes), scale, WeightFormat.INT4_CHANNEL)
+
     def scales(self, *shape: int, middle: int) -> Tensor:
         """E8M0 scales around 2^(middle - 127)."""
         codes = torch.randint(middle - 2, middle + 3, shape, generator=self._generator)
         return codes.to(torch.uint8).view(torch.float8_e8m0fnu)
 
     def _normal(self, *shape: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(shape, generator=self._generator) * scale
+        return torch.randn(shape, generator=self._generator).mul_(scale)
 
     def _bytes(self, *shape: int) -> Tensor:
         return torch.randint(0, 256, shape, generator=self._generator).to(torch.uint8)

@@ -312,7 +312,7 @@ def _written(draw: Draw, *, rows: int, width: int, kind: str, skip: tuple[int, .
     slots[list(skip)] = -1
     return {
         "cache_CSD": draw.cache((num_pages, per_page, width), torch.arange(per_page, 2 * per_page)),
-        kind: draw.normal(rows, width, scale=20.0) if kind == "kv_TD" else draw.whole(rows, width, largest=7),
+        kind: draw.uneven(rows, width, scale=20.0) if kind == "kv_TD" else draw.whole(rows, width, largest=7),
         "slots_T": draw.lay_out(slots),
     }
 

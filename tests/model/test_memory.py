@@ -107,6 +107,7 @@ def test_weights_beyond_the_budget_are_views_of_the_mapping(checkpoint, monkeypa
     monkeypatch.setattr("ascend_v4.model.load.UNPACK_BYTES", 0)
     runner = make_runner(checkpoint, numerics="native", mtp=True)
     reader = runner.loaded.reader
+    assert isinstance(reader, CheckpointReader)
     spans = [address_span(mapped) for mapped in reader._maps.values()]
     weights = list(stored_weights(runner.loaded.model)) + list(stored_weights(runner.loaded.mtp))
     assert len(weights) > 50
@@ -117,7 +118,9 @@ def test_weights_beyond_the_budget_are_views_of_the_mapping(checkpoint, monkeypa
 def test_exact_weights_are_copied_whatever_the_budget(checkpoint, monkeypatch):
     monkeypatch.setattr("ascend_v4.model.load.UNPACK_BYTES", 0)
     runner = make_runner(checkpoint)
-    spans = [address_span(mapped) for mapped in runner.loaded.reader._maps.values()]
+    reader = runner.loaded.reader
+    assert isinstance(reader, CheckpointReader)
+    spans = [address_span(mapped) for mapped in reader._maps.values()]
     weights = list(stored_weights(runner.loaded.model))
     assert len(weights) > 50
     assert {weight.codes.dtype for weight in weights} == {torch.float32}

@@ -9,9 +9,10 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """One torch thread inside a test, as many as before after it."""
+def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """One torch thread inside a test that is not slow, as many as before after it."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    if request.node.get_closest_marker("slow") is None:
+        torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)

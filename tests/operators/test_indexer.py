@@ -113,7 +113,7 @@ BATCHES = {
 
 
 @pytest.mark.parametrize("which", ["reference", "selected"])
-@pytest.mark.parametrize("format", IndexFormat, ids=lambda each: each.name)
+@pytest.mark.parametrize("format", [IndexFormat.PLAIN, IndexFormat.FP4_GROUP], ids=lambda each: each.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("batch", BATCHES)
 def test_the_best_visible_entries_are_chosen_ties_lowest_first(batch, dtype, format, which):

@@ -182,6 +182,9 @@ def test_plain_index_values_stay_as_they_are():
     assert torch.equal(quantize_index(values, format=IndexFormat.PLAIN), values)
 
 
+RELEASE_WEIGHTS = (WeightFormat.PLAIN, WeightFormat.FP8_BLOCK, WeightFormat.FP4_GROUP)
+
+
 def random_weight(format: WeightFormat, outputs: int, inputs: int) -> StoredWeight:
     if format is WeightFormat.PLAIN:
         return StoredWeight(torch.randn(outputs, inputs).to(torch.bfloat16), None, format)
@@ -189,11 +192,17 @@ def random_weight(format: WeightFormat, outputs: int, inputs: int) -> StoredWeig
     if format is WeightFormat.FP8_BLOCK:
         scale = torch.randint(100, 140, (-(-outputs // 128), -(-inputs // 128))).to(torch.uint8)
         return StoredWeight((codes & 0xFE).view(torch.float8_e4m3fn), scale, format)
+    if format is WeightFormat.INT8_CHANNEL:
+        return StoredWeight(codes.view(torch.int8), torch.rand(outputs), format)
+    if format is WeightFormat.INT4_CHANNEL:
+        return StoredWeight(codes[: outputs // 2].view(torch.int8), torch.rand(outputs), format)
     scale = torch.randint(100, 140, (outputs, inputs // 32)).to(torch.uint8)
+    if format is WeightFormat.MXFP8:
+        return StoredWeight((codes & 0xFE).view(torch.float8_e4m3fn), scale, format)
     return StoredWeight(codes[:, : inputs // 2].view(torch.int8), scale, format)
 
 
-@pytest.mark.parametrize("format", WeightFormat)
+@pytest.mark.parametrize("format", RELEASE_WEIGHTS, ids=lambda each: each.name)
 @pytest.mark.parametrize(("low", "high"), [(0, 128), (128, 300), (256, 300), (0, 300)])
 def test_rows_of_a_weight_are_those_rows(format, low, high):
     weight = random_weight(format, 300, 192)

@@ -78,3 +78,19 @@ def test_a_checkpoint_without_tokenizer_is_refused(run_cli, checkpoint):
     result = run_cli("generate", checkpoint, "--prompt", "a")
     assert result.exit_code == 2
     assert "--tokenizer PATH" in result.stderr
+
+
+def test_quantising_while_loading_answers_like_the_pack(run_cli, checkpoint, tmp_path):
+    arguments = ("--prompt", "Hello", *FAST, "--json")
+    on_the_way = run_cli("generate", checkpoint, *arguments, "--quantize", "w8a8")
+    kept = run_cli("generate", checkpoint, *arguments, "--quantize", "w8a8", "--cache-dir", tmp_path / "kept")
+    pack = run_cli("generate", tmp_path / "kept" / f"{checkpoint.name}-w8a8", *arguments)
+    assert on_the_way.exit_code == kept.exit_code == pack.exit_code == 0, pack.stderr
+    texts = {json.loads(result.stdout)["text"] for result in (on_the_way, kept, pack)}
+    assert len(texts) == 1
+
+
+def test_a_cache_directory_without_quantize_is_refused(run_cli, checkpoint, tmp_path):
+    result = run_cli("generate", checkpoint, "--prompt", "Hello", "--cache-dir", tmp_path)
+    assert result.exit_code == 2
+    assert "--quantize" in result.stderr

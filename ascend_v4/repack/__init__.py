@@ -1,0 +1,1 @@
+"""Repacking: what becomes what, in which files, and the pipeline that writes them."""

@@ -1,0 +1,63 @@
+"""The source's tensors as several threads read them: views of memory maps, fetched ahead, let go after."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ascend_v4.checkpoint.reader import CheckpointReader
+from ascend_v4.repack.source import SourceFiles
+
+
+class StoredTensors:
+    """Tensors of an open checkpoint by name. Threads may share it."""
+
+    def __init__(self, reader: CheckpointReader, files: SourceFiles) -> None:
+        self._reader = reader
+        self._files = files
+        self._lock = threading.Lock()
+
+    def bytes_of(self, name: str) -> Tensor:
+        """A tensor's bytes as they lie in its file, uint8 of one axis, sharing memory with the map."""
+        self.require_unchanged([name])
+        with self._lock:
+            stored = self._reader.tensor(name)
+        return stored.reshape(-1).view(torch.uint8)
+
+    def file_of(self, name: str) -> str:
+        """The shard that holds a tensor."""
+        return self._reader.stored(name).file
+
+    def require_unchanged(self, names: Iterable[str]) -> None:
+        """Raise CheckpointError where a shard of these tensors is not what it was.
+
+        Reading a map beyond the end of a file that was cut off kills the process, so this comes before
+        reading.
+        """
+        self._files.require_unchanged({self.file_of(name): None for name in names})
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Have the system read these tensors while others are converted; only a hint."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for name in names:
+            stored = self._reader.stored(name)
+            # what is wrong with a file is said when it is read
+            with (
+                contextlib.suppress(OSError),
+                (self._reader.directory / stored.file).open("rb") as stream,
+            ):
+                os.posix_fadvise(
+                    stream.fileno(), stored.offset_bytes, stored.num_bytes, os.POSIX_FADV_WILLNEED
+                )
+
+    def release(self, names: Iterable[str]) -> None:
+        """Take the pages of consumed tensors out of this process; the page cache may keep them."""
+        with self._lock:
+            for name in names:
+                self._reader.release(name)
