@@ -59,7 +59,11 @@ def main(
         kernels = {engine.name: _kernels(engine) for engine in engines}
     rows = _rows(times, kernels, prompt_tokens=prompt_tokens)
     limits = _limits(config, prompt_tokens=prompt_tokens)
-    text = _report(name, config, rows, limits, (prompt_tokens, decode_tokens, repeats))
+    command = "make bench"
+    if checkpoint is not None:
+        command += f' BENCH_ARGS="--checkpoint {checkpoint}"'
+    run = (prompt_tokens, decode_tokens, repeats)
+    text = _report(name, config, rows=rows, limits=limits, run=run, command=command)
     say(text)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -152,9 +156,11 @@ def _limits(config: ModelConfig, *, prompt_tokens: int) -> dict[str, float]:
 def _report(
     name: str,
     config: ModelConfig,
+    *,
     rows: list[dict[str, float | str]],
     limits: dict[str, float],
     run: tuple[int, int, int],
+    command: str,
 ) -> str:
     prompt_tokens, decode_tokens, repeats = run
     lines = [
@@ -162,7 +168,7 @@ def _report(
         "",
         f"- date: {datetime.date.today().isoformat()}",
         f"- machine: {describe_machine()}",
-        f"- command: `make bench` (prompt {prompt_tokens}, decode {decode_tokens}, median of {repeats}, "
+        f"- command: `{command}` (prompt {prompt_tokens}, decode {decode_tokens}, median of {repeats}, "
         "interleaved)",
         f"- model: {config.num_hidden_layers} layers of width {config.hidden_size}, batch 1",
         "",

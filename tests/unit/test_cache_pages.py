@@ -147,6 +147,27 @@ def test_a_planned_pool_carries_all_sequences_in_one_step(sequences, step_tokens
             pages.advance(count)
 
 
+def test_all_sequences_may_cross_into_another_page_in_one_step():
+    sequences, before, count = 12, 271, 114
+    assert WINDOW.pages_for(before + count) == WINDOW.pages_for(before) + 1
+    pools = make_pools(
+        plan_pools(
+            set(GROUPS),
+            cache_tokens=sequences * (before + count),
+            max_sequences=sequences,
+            max_step_tokens=sequences * count,
+        )
+    )
+    running = [SequencePages(pools) for _ in range(sequences)]
+    for pages in running:
+        pages.extend(before)
+        pages.advance(before)
+    assert len(held(running, WINDOW)) == sequences * WINDOW.live_pages
+    for pages in running:
+        pages.extend(count)
+    require_balanced(pools, running)
+
+
 @given(steps=st.lists(st.integers(1, 200), min_size=1, max_size=12))
 @settings(max_examples=60)
 def test_slots_of_live_positions_are_injective(steps):
