@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from ascend_v4.cli.options import model_options
 from ascend_v4.cli.output import emit_json, say
 
 
@@ -45,24 +46,7 @@ from ascend_v4.cli.output import emit_json, say
 )
 @click.option("--seed", type=click.IntRange(0, (1 << 63) - 1), help="Give the same answer again.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder or tokenizer.json, if elsewhere.")
-@click.option("--device", default="cpu", show_default=True, help="Where the model runs.")
-@click.option(
-    "--numerics",
-    type=click.Choice(["auto", "exact", "native"]),
-    default="auto",
-    show_default=True,
-    help="exact: float32 throughout; native: the release's own; auto: the checkpoint's own.",
-)
-@click.option(
-    "--quantize",
-    type=click.Choice(["w8a8", "w4a8", "mx", "bf16"]),
-    help="Repack while loading, without a copy on disk; the numerics are then the target's.",
-)
-@click.option(
-    "--cache-dir",
-    type=click.Path(path_type=Path),
-    help="Keep what --quantize makes in this folder, and use it the next time.",
-)
+@model_options
 @click.option("--json", "prints_json", is_flag=True, help="Print one JSON object instead of streaming.")
 def command(
     *,

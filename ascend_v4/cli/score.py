@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from ascend_v4.cli.options import model_options
 from ascend_v4.cli.output import emit_json, say
 from ascend_v4.errors import ConfigError
 
@@ -29,24 +30,7 @@ from ascend_v4.errors import ConfigError
     metavar="FILE.safetensors",
     help="Written whole or not at all.",
 )
-@click.option("--device", default="cpu", show_default=True, help="Where to run.")
-@click.option(
-    "--numerics",
-    type=click.Choice(["auto", "exact", "native"]),
-    default="auto",
-    show_default=True,
-    help="exact: float32, nothing quantised. native: the release's own rounding. auto: the checkpoint's own.",
-)
-@click.option(
-    "--quantize",
-    type=click.Choice(["w8a8", "w4a8", "mx", "bf16"]),
-    help="Repack while loading, without a copy on disk; the numerics are then the target's.",
-)
-@click.option(
-    "--cache-dir",
-    type=click.Path(path_type=Path),
-    help="Keep what --quantize makes in this folder, and use it the next time.",
-)
+@model_options
 @click.option(
     "--chunk", "chunk_tokens", type=click.IntRange(min=1), help="Prefill in chunks of this many tokens."
 )

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from ascend_v4.cli.options import model_options
+
 
 @click.command("serve")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
@@ -45,24 +47,7 @@ import click
     type=click.IntRange(2, 1 << 32),
     help="Positions all running requests together may hold. Default: four times the context.",
 )
-@click.option("--device", default="cpu", show_default=True, help="Where the model runs.")
-@click.option(
-    "--numerics",
-    type=click.Choice(["auto", "exact", "native"]),
-    default="auto",
-    show_default=True,
-    help="exact: float32 throughout; native: the release's own; auto: the checkpoint's own.",
-)
-@click.option(
-    "--quantize",
-    type=click.Choice(["w8a8", "w4a8", "mx", "bf16"]),
-    help="Repack while loading, without a copy on disk; the numerics are then the target's.",
-)
-@click.option(
-    "--cache-dir",
-    type=click.Path(path_type=Path),
-    help="Keep what --quantize makes in this folder, and use it the next time.",
-)
+@model_options
 @click.option(
     "--seed", type=click.IntRange(0, (1 << 63) - 1), help="Repeat the answers to calls without a seed."
 )
