@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,10 +22,8 @@ class CacheTensors:
         self, specs: Iterable[CacheSpec], plan: PoolPlan, *, dtype: torch.dtype, device: torch.device
     ) -> None:
         self._tensors = {
-            spec.name: torch.zeros(
-                plan.pages[spec.group],
-                spec.rows_per_page,
-                spec.row_width,
+            spec.name: _zeros(
+                (plan.pages[spec.group], spec.rows_per_page, spec.row_width),
                 dtype=torch.float32 if spec.is_state or spec.is_wide else dtype,
                 device=device,
             )
@@ -32,6 +32,16 @@ class CacheTensors:
 
     def __getitem__(self, spec: CacheSpec) -> Tensor:
         return self._tensors[spec.name]
+
+
+def _zeros(shape: tuple[int, int, int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on a CPU of memory that the system backs when it is first written, which torch.zeros does not
+    do.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def table_tensor(sequences: Sequence[SequencePages], group: PageGroup, *, device: torch.device) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import torch
 from ascend_v4.checkpoint.index import Role
 from ascend_v4.checkpoint.reader import CheckpointReader
 from ascend_v4.model.build import UNPACK_BYTES
+from ascend_v4.model.caches import _zeros
 from ascend_v4.operators.contracts.compressor import CompressorWeights
 from ascend_v4.operators.contracts.moe import ExpertWeights
 from ascend_v4.operators.contracts.quantize import StoredWeight
@@ -155,3 +157,16 @@ def stored_weights(root: object) -> Iterator[StoredWeight]:
             waiting += [getattr(item, field.name) for field in dataclasses.fields(item)]
         elif type(item).__module__.startswith("ascend_v4.model."):
             waiting += vars(item).values() if hasattr(item, "__dict__") else []
+
+
+def test_untouched_cache_pages_cost_no_memory():
+    before = resident_bytes()
+    tensor = _zeros((4096, 128, 512), dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert tensor.shape == (4096, 128, 512)
+    assert not bool(tensor[7].any())
+    assert resident_bytes() - before < tensor.numel() * tensor.element_size() / 8
+
+
+def resident_bytes() -> int:
+    fields = Path("/proc/self/statm").read_text(encoding="ascii").split()
+    return int(fields[1]) * resource.getpagesize()
