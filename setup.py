@@ -99,6 +99,8 @@ setup(
         "ascend_v4.chat": ["*.json", "*.txt"],
         "ascend_v4.configs": ["model/*.yaml", "deploy/*.yaml"],
         "ascend_v4.repack": ["*.yaml"],
+        "ascend_v4.operators": ["status.yaml"],
+        "ascend_v4.operators.npu.schemas": ["*.txt"],
     },
     ext_modules=native_extensions(),
     install_requires=RUNTIME,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from ascend_v4.errors import ConfigError
 
@@ -87,6 +88,31 @@ class CountVariable(Variable):
         return int(value)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ForeignVariable:
+    """A variable of somebody else's that decides how this program finds their software."""
+
+    name: str
+    meaning: str
+
+    def read(self) -> str:
+        """The value; empty where unset."""
+        return os.environ.get(self.name, "")
+
+    def paths(self) -> list[Path]:
+        """The value as a list of folders, first to be searched first."""
+        return [Path(part) for part in self.read().split(os.pathsep) if part]
+
+    def prepend(self, folder: Path) -> None:
+        """Puts a folder in front, for libraries that this process loads from now on."""
+        if folder not in self.paths():
+            os.environ[self.name] = os.pathsep.join(filter(None, (str(folder), self.read())))
+
+    def set(self, value: str) -> None:
+        """Sets the variable for this process and its children."""
+        os.environ[self.name] = value
+
+
 API_KEY = TextVariable(
     name="ASCEND_V4_API_KEY",
     meaning="Key that `ascend-v4 serve` asks of clients when --api-key is not given; unset asks for none.",
@@ -105,3 +131,17 @@ CPU_THREADS = CountVariable(
 
 VARIABLES: tuple[Variable, ...] = (API_KEY, CPU_KERNELS, CPU_THREADS)
 """The whole table; tests hold it to be complete, each name once."""
+
+BACKEND_AUTOLOAD = ForeignVariable(
+    name="TORCH_DEVICE_BACKEND_AUTOLOAD",
+    meaning="0 keeps torch from importing torch_npu while torch itself is imported.",
+)
+CANN_HOME = ForeignVariable(name="ASCEND_HOME_PATH", meaning="Where CANN is; its set_env.sh sets it.")
+CANN_OPERATORS = ForeignVariable(name="ASCEND_OPP_PATH", meaning="Where CANN's operator packages are.")
+CUSTOM_OPERATORS = ForeignVariable(
+    name="ASCEND_CUSTOM_OPP_PATH", meaning="Operator packages that are not installed into CANN."
+)
+LIBRARY_PATH = ForeignVariable(name="LD_LIBRARY_PATH", meaning="Where the loader looks for libraries first.")
+VISIBLE_NPUS = ForeignVariable(
+    name="ASCEND_RT_VISIBLE_DEVICES", meaning="Numbers of the NPUs that this process may see."
+)

@@ -6,6 +6,7 @@ AscendV4Error
   CheckpointError           files: missing shard, truncated, wrong dtype, a scale that does not fit
   ContractError             an operator was declared, implemented or called against its contract
     NoImplementationError   nothing usable for an operator on a device; lists every refusal
+    SimulatorError          a call that the simulated chip would refuse, or answer with anything
   DeviceError               what this machine lacks
   CacheFullError            no free cache pages for the work asked
   CompletionFormatError     a completion that breaks the chat grammar
@@ -42,6 +43,13 @@ class ContractError(AscendV4Error):
 
 class NoImplementationError(ContractError):
     """No implementation of an operator is usable here; the message lists every refusal."""
+
+
+class SimulatorError(ContractError, RuntimeError):
+    """A call that the simulated chip would refuse, or whose result would be undefined there.
+
+    A RuntimeError too, which is what torch raises for the same call on the chip.
+    """
 
 
 class DeviceError(AscendV4Error):

@@ -8,13 +8,17 @@ imported. Which implementation runs is decided in `select`, once, before a model
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Annotated, Any, Generic, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
+from ascend_v4.device.soc import Chip
+from ascend_v4.device.target import Target
 from ascend_v4.errors import ContractError
 
 P = ParamSpec("P")
@@ -24,6 +28,8 @@ FLOATS = (torch.float32, torch.bfloat16)
 FLOAT32 = (torch.float32,)
 INDICES = (torch.int32, torch.int64)
 INT64 = (torch.int64,)
+CACHES = (*FLOATS, torch.int8, torch.uint8, torch.float8_e4m3fn)
+"""Caches as implementations store them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,22 +77,97 @@ class Tolerance:
 BITWISE = Tolerance(0, "codes, indices and copies have one right answer")
 
 
+class Where(Enum):
+    """Who calls an operator."""
+
+    DEVICE = "the model, on its device"
+    HOST = "repacking and loading, on the CPU"
+    PART = "other operators; a contract of its own so that its arithmetic is tested alone"
+
+
 @dataclass(frozen=True, slots=True)
 class Needs:
     """What must be present before an implementation can run, checked in this order."""
 
     module: str | None = None
-    torch_operator: str | None = None
-    chips: tuple[str, ...] = ()
+    torch_operators: tuple[str, ...] = ()
+    """`namespace::name` of every torch operator it calls."""
+    symbols: tuple[str, ...] = ()
+    """aclnn functions behind them that another package than the binding's may have to bring."""
+    chips: tuple[Chip, ...] = ()
+    """Chips it is built for; none named: all."""
 
     def describe(self) -> str:
         """One phrase for the operator table."""
         parts = [
             self.module and f"module {self.module}",
-            self.torch_operator,
-            self.chips and "/".join(self.chips),
+            ", ".join(self.torch_operators),
+            ", ".join(self.symbols),
+            self.chips and "chip " + "/".join(chip.value for chip in self.chips),
         ]
         return ", ".join(part for part in parts if part) or "nothing"
+
+    def unmet(self, target: Target) -> str | None:
+        """The first thing a target lacks, or None. The CPU's own modules are asked of by `unusable`."""
+        if self.chips and target.chip not in self.chips:
+            names = "/".join(chip.value for chip in self.chips)
+            return f"for chip {names}, this is {'none' if target.chip is None else target.chip.value}"
+        if target.backend == "cpu":
+            return None
+        if self.module is not None and self.module in target.masked:
+            return f"module {self.module} is masked out"
+        packages = target.packages
+        modules = () if self.module is None else (self.module,)
+        reasons = itertools.chain(
+            map(packages.missing_module, modules),
+            map(packages.missing_operator, self.torch_operators),
+            map(packages.missing_symbol, self.symbols),
+        )
+        return next((reason for reason in reasons if reason is not None), None)
+
+
+WAIVABLE = ("hidden", "head_dim", "heads", "index_heads", "topk", "row_width")
+"""Model sizes that the simulator may relax. Everything else is a rule of layout and never waived."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limit:
+    """What an implementation takes of one size of the model; see `ascend_v4.model.sizes` for the names."""
+
+    size: str
+    source: str
+    """Where the vendor says so."""
+    choices: tuple[int, ...] = ()
+    """The only values, where there are only these."""
+    low: int | None = None
+    high: int | None = None
+    multiple: int = 1
+    chips: tuple[Chip, ...] = ()
+    """Where it holds; none named: everywhere."""
+
+    def describe(self) -> str:
+        """`heads in {64, 128}`, `window_block a multiple of 16, 16 to 1024`."""
+        if self.choices:
+            return f"{self.size} in {{{', '.join(map(str, self.choices))}}}"
+        parts = [f"a multiple of {self.multiple}"] if self.multiple > 1 else []
+        if self.low is not None or self.high is not None:
+            parts.append(
+                f"{self.low} to {self.high}"
+                if self.low is not None and self.high is not None
+                else (f"at least {self.low}" if self.low is not None else f"at most {self.high}")
+            )
+        return f"{self.size} {', '.join(parts)}"
+
+    def allows(self, value: int) -> bool:
+        """Whether a value is within the limit."""
+        if self.choices:
+            return value in self.choices
+        above = self.low is None or value >= self.low
+        return above and (self.high is None or value <= self.high) and value % self.multiple == 0
+
+    def applies(self, target: Target, sizes: Mapping[str, int]) -> bool:
+        """Whether it speaks of this target, and the model has the size at all."""
+        return self.size in sizes and (not self.chips or target.chip in self.chips)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +184,33 @@ class Implementation(Generic[P, R]):
     because: str | None
     plan: Callable[..., Any] | None
     prepare: Callable[..., Any] | None
+    storage: Callable[..., Any] | None
+    limits: tuple[Limit, ...]
+    too_slow: str | None
+    """Why it is too slow to serve with, or None."""
+    capturable: bool
+    """Whether its call can be recorded into a device graph: no size or branch of it depends on values."""
+
+    def refusal(self, target: Target, sizes: Mapping[str, int]) -> str | None:
+        """The first reason why it cannot run there with a model of these sizes, or None."""
+        reason = self.unusable() or self.needs.unmet(target)
+        if reason is not None:
+            return reason
+        for limit in self.limits:
+            waived = limit.size in target.waived and limit.size in WAIVABLE
+            if limit.applies(target, sizes) and not limit.allows(sizes[limit.size]) and not waived:
+                return f"{limit.size} is {sizes[limit.size]}, it takes {limit.describe()} ({limit.source})"
+        return None
+
+    def waives(self, target: Target, sizes: Mapping[str, int]) -> tuple[str, ...]:
+        """Names of sizes outside its limits that the target waives."""
+        return tuple(
+            limit.size
+            for limit in self.limits
+            if limit.size in target.waived
+            and limit.applies(target, sizes)
+            and not limit.allows(sizes[limit.size])
+        )
 
 
 @dataclass(slots=True)
@@ -120,6 +228,9 @@ class Operator(Generic[P, R]):
     """What the operator needs once per step for all layers of a kind; an implementation may bring its own."""
     prepare: Callable[..., Any] | None
     """How its weights are laid out at load time; an implementation may bring its own."""
+    storage: Callable[..., Any] | None = None
+    """How the rows it caches are stored; an implementation may bring its own."""
+    where: Where = Where.DEVICE
     implementations: list[Implementation[P, R]] = field(default_factory=list)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -164,6 +275,8 @@ def operator(
     mutates: tuple[str, ...] = (),
     plan: Callable[..., Any] | None = None,
     prepare: Callable[..., Any] | None = None,
+    storage: Callable[..., Any] | None = None,
+    where: Where = Where.DEVICE,
 ) -> Callable[[Callable[P, R]], Operator[P, R]]:
     """Declares the decorated reference as an operator. Raises ContractError when the name is taken."""
 
@@ -185,6 +298,8 @@ def operator(
             mutates=mutates,
             plan=plan,
             prepare=prepare,
+            storage=storage,
+            where=where,
         )
         CATALOG[name] = declared
         return declared
@@ -220,6 +335,10 @@ def implements(
     because: str | None = None,
     plan: Callable[..., Any] | None = None,
     prepare: Callable[..., Any] | None = None,
+    storage: Callable[..., Any] | None = None,
+    limits: tuple[Limit, ...] = (),
+    too_slow: str | None = None,
+    capturable: bool = False,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Registers the decorated function, best candidate of a backend first.
 
@@ -249,6 +368,10 @@ def implements(
                 because=because,
                 plan=plan or declared.plan,
                 prepare=prepare or declared.prepare,
+                storage=storage or declared.storage,
+                limits=limits,
+                too_slow=too_slow,
+                capturable=capturable,
             )
         )
         return call

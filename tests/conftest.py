@@ -17,6 +17,7 @@ from hypothesis import settings
 ROOT = Path(__file__).resolve().parent.parent
 POISONED = (ROOT / "tests" / "operators", ROOT / "tests" / "model")
 DEVICES = ("npu", "cuda")
+REQUIRABLE = (*DEVICES, "contract")
 
 settings.register_profile("house", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("house")
@@ -28,9 +29,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--require",
         action="append",
-        choices=DEVICES,
+        choices=REQUIRABLE,
         default=[],
-        help="fail tests of this device instead of skipping them; device CI uses it",
+        help="fail tests of this device, or against this wheel, instead of skipping them; CI uses it",
     )
 
 

@@ -45,7 +45,8 @@ class Tracer:
 
     def wrap(self, table: OperatorTable) -> OperatorTable:
         """The same table with every chosen callable announcing itself."""
-        return OperatorTable({name: self._wrapped(choice) for name, choice in table.choices.items()})
+        wrapped = {name: self._wrapped(choice) for name, choice in table.choices.items()}
+        return OperatorTable(wrapped, table.target)
 
     def _wrapped(self, choice: Choice) -> Choice:
         names = list(inspect.signature(CATALOG[choice.operator].reference).parameters)
@@ -113,6 +114,7 @@ def traced_runner(checkpoint: Path, tracer: Tracer, *, numerics: str, num_tokens
         operators=operators,
         model=DeepSeekV4(builder),
         mtp=None,
+        target=operators.target,
         device=torch.device("cpu"),
         reader=reader,
     )

@@ -1,13 +1,16 @@
 """Which caches a model owns and how they are paged: pure arithmetic, no torch.
 
-One block covers 128 positions of one sequence: 128 window rows, 32 CSA entries and 32 indexer keys, one HCA
-entry. Rows that only the newest tokens need (windows, compressor state) live in page groups of their own and
-are freed as a sequence moves on. All ids and offsets are Python integers or int64: they do not wrap.
+One block covers 128 positions of one sequence: 128 window rows, 32 CSA entries and 32 indexer keys. HCA
+entries, one in 128 positions, are paged by 16, the fewest rows that Ascend's kernels take in a page
+(docs/adr/0008-ascend-path.md). Rows that only the newest tokens need (windows, compressor state) live in page
+groups of their own and are freed as a sequence moves on. All ids and offsets are Python integers or int64:
+they do not wrap.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 from ascend_v4.config import LayerKind, ModelConfig
 
@@ -42,10 +45,20 @@ class PageGroup:
 
 WINDOW = PageGroup(name="window", page_tokens=BLOCK_TOKENS, retain_tokens=BLOCK_TOKENS)
 ENTRIES = PageGroup(name="entries", page_tokens=BLOCK_TOKENS, retain_tokens=None)
+HCA_ENTRIES = PageGroup(name="hca_entries", page_tokens=16 * BLOCK_TOKENS, retain_tokens=None)
 CSA_STATE = PageGroup(name="csa_state", page_tokens=8, retain_tokens=8, read_by_own_step=False)
 HCA_STATE = PageGroup(name="hca_state", page_tokens=32, retain_tokens=128, read_by_own_step=False)
 
 STATE_GROUP = {LayerKind.CSA: CSA_STATE, LayerKind.HCA: HCA_STATE}
+ENTRIES_GROUP = {LayerKind.CSA: ENTRIES, LayerKind.HCA: HCA_ENTRIES}
+
+
+class CacheRole(Enum):
+    """What a cache holds, which decides how its rows are stored."""
+
+    KV = "key-values: window rows or compressed entries"
+    INDEX_KEYS = "indexer keys"
+    STATE = "compressor state, float32 whatever the model's dtype"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,11 +69,8 @@ class CacheSpec:
     group: PageGroup
     rows_per_page: int
     row_width: int
-    """Elements per row."""
-    is_state: bool = False
-    """Compressor state is float32 whatever the model's dtype."""
-    is_wide: bool = False
-    """Keys whose codes and scales need float32 whatever the model's dtype."""
+    """Numbers per row."""
+    role: CacheRole = CacheRole.KV
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,9 +89,12 @@ class LayerCaches:
         return [spec for spec in found if spec is not None]
 
 
-def layer_caches(
-    config: ModelConfig, kind: LayerKind, *, prefix: str, wide_index_keys: bool = False
-) -> LayerCaches:
+def entries_per_page(kind: LayerKind) -> int:
+    """Compressed entries in one page of their group; 0 for a kind without any."""
+    return ENTRIES_GROUP[kind].page_tokens // kind.ratio if kind in ENTRIES_GROUP else 0
+
+
+def layer_caches(config: ModelConfig, kind: LayerKind, *, prefix: str) -> LayerCaches:
     """The caches of a layer of `kind`."""
     width = config.head_dim
     window = CacheSpec(
@@ -90,7 +103,10 @@ def layer_caches(
     if kind is LayerKind.SWA:
         return LayerCaches(window=window)
     entries = CacheSpec(
-        name=f"{prefix}.entries", group=ENTRIES, rows_per_page=BLOCK_TOKENS // kind.ratio, row_width=width
+        name=f"{prefix}.entries",
+        group=ENTRIES_GROUP[kind],
+        rows_per_page=entries_per_page(kind),
+        row_width=width,
     )
     state = _state(prefix, "state", kind, width)
     if kind is LayerKind.HCA:
@@ -102,9 +118,9 @@ def layer_caches(
         index_keys=CacheSpec(
             name=f"{prefix}.index_keys",
             group=ENTRIES,
-            rows_per_page=BLOCK_TOKENS // kind.ratio,
+            rows_per_page=entries_per_page(kind),
             row_width=config.index_head_dim,
-            is_wide=wide_index_keys,
+            role=CacheRole.INDEX_KEYS,
         ),
         index_state=_state(prefix, "index_state", kind, config.index_head_dim),
     )
@@ -118,7 +134,7 @@ def _state(prefix: str, name: str, kind: LayerKind, width: int) -> CacheSpec:
         group=group,
         rows_per_page=group.page_tokens,
         row_width=2 * halves * width,
-        is_state=True,
+        role=CacheRole.STATE,
     )
 
 

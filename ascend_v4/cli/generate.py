@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ascend_v4.cli.options import model_options
+from ascend_v4.cli.options import ModelOptions, model_options
 from ascend_v4.cli.output import emit_json, say
 
 
@@ -60,10 +60,7 @@ def command(
     top_p: float,
     seed: int | None,
     tokenizer: Path | None,
-    device: str,
-    numerics: str,
-    quantize: str | None,
-    cache_dir: Path | None,
+    model: ModelOptions,
     prints_json: bool,
 ) -> None:
     """Answer one prompt or conversation with CHECKPOINT.
@@ -98,10 +95,10 @@ def command(
         top_p=top_p,
         seed=seed,
         tokenizer=tokenizer,
-        device=device,
-        numerics=numerics,
-        quantize=quantize,
-        cache_dir=cache_dir,
+        target=model.on.request(),
+        numerics=model.numerics,
+        quantize=model.quantize,
+        cache_dir=model.cache_dir,
     )
     answer = generate(config, on_text=show)
     if prints_json:

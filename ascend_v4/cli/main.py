@@ -26,6 +26,8 @@ EXIT_BROKEN_PIPE = 141
 VERBS = {
     "make-checkpoint": "Write a random checkpoint in the release layout.",
     "inspect": "Describe a checkpoint or a config.json and list what differs.",
+    "devices": "What this machine can run on, and what keeps the rest from being used.",
+    "ops": "Which implementation of each operator a device would run, and why not another.",
     "repack": "Turn a checkpoint into what a chip runs, or check such an output.",
     "score": "Logits or logprobs of given tokens, written to a file.",
     "generate": "Answer one prompt or conversation, streamed.",
@@ -73,6 +75,13 @@ class VerbGroup(click.Group):
         except AscendV4Error as error:
             say(f"error: {error}")
             ctx.exit(EXIT_ERROR)
+        except (ImportError, RuntimeError) as error:
+            # torch imports torch_npu while it is imported itself, and a verb may import torch anywhere
+            sentence = _broken_backend(error)
+            if sentence is None:
+                raise
+            say(f"error: {sentence}")
+            ctx.exit(EXIT_ERROR)
         except KeyboardInterrupt:
             say("interrupted")
             ctx.exit(EXIT_INTERRUPTED)
@@ -95,13 +104,21 @@ def unknown_verb(name: str) -> str:
 )
 @click.version_option(__version__, prog_name="ascend-v4", message="%(prog)s %(version)s")
 def cli() -> None:
-    """DeepSeek-V4 from the release's own files: make, inspect, score, generate, serve."""
+    """DeepSeek-V4 from the release's own files, on Ascend or a CPU: inspect, repack, check, score, serve."""
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Entry point of the console script; always leaves by SystemExit."""
     cli.main(args=None if args is None else list(args), prog_name="ascend-v4")
     raise AssertionError("click's standalone mode returns by SystemExit")
+
+
+def _broken_backend(error: BaseException) -> str | None:
+    """What to do about a torch_npu that does not import; None for every other failure."""
+    from ascend_v4.device.software import explain_import_error
+
+    problem = explain_import_error(error)
+    return None if problem is None else problem.sentence()
 
 
 def _leave_quietly() -> NoReturn:

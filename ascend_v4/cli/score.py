@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from ascend_v4.cli.options import model_options
+from ascend_v4.cli.options import ModelOptions, model_options
 from ascend_v4.cli.output import emit_json, say
 from ascend_v4.errors import ConfigError
 
@@ -44,10 +44,7 @@ def command(
     checkpoint: Path,
     input_path: Path,
     output_path: Path,
-    device: str,
-    numerics: str,
-    quantize: str | None,
-    cache_dir: Path | None,
+    model: ModelOptions,
     chunk_tokens: int | None,
     mtp: bool,
     logprobs: bool,
@@ -85,14 +82,14 @@ def command(
     longest = max(len(prompt.input_ids) + len(prompt.decode_ids) for prompt in prompts)
     runner = build_runner(
         checkpoint,
-        device=device,
-        numerics=numerics,
+        device=model.on.request(),
+        numerics=model.numerics,
         max_sequence_tokens=longest,
         cache_tokens=longest,
         max_sequences=1,
         mtp=mtp,
-        quantize=quantize,
-        cache_dir=cache_dir,
+        quantize=model.quantize,
+        cache_dir=model.cache_dir,
     )
     started = time.perf_counter()
     scored = score_prompts(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from ascend_v4.cli.options import model_options
+from ascend_v4.cli.options import ModelOptions, model_options
 
 
 @click.command("serve")
@@ -49,6 +49,17 @@ from ascend_v4.cli.options import model_options
 )
 @model_options
 @click.option(
+    "--graphs/--no-graphs",
+    default=None,
+    help="Record decoding steps as device graphs, one per batch size, before serving. Default: on npu and "
+    "cuda where every operator allows it. On sim the recording is replayed on the CPU.",
+)
+@click.option(
+    "--allow-slow",
+    is_flag=True,
+    help="npu: serve even where an operator is one of those that ascend-v4 ops calls too slow.",
+)
+@click.option(
     "--seed", type=click.IntRange(0, (1 << 63) - 1), help="Repeat the answers to calls without a seed."
 )
 @click.option("--api-key", help="Ask clients for this key. Default: ASCEND_V4_API_KEY, else none.")
@@ -63,10 +74,9 @@ def command(
     max_num_seqs: int,
     max_num_batched_tokens: int,
     cache_tokens: int | None,
-    device: str,
-    numerics: str,
-    quantize: str | None,
-    cache_dir: Path | None,
+    model: ModelOptions,
+    graphs: bool | None,
+    allow_slow: bool,
     seed: int | None,
     api_key: str | None,
 ) -> None:
@@ -92,10 +102,12 @@ def command(
             max_model_tokens=max_model_len,
             cache_tokens=cache_tokens,
             limits=limits,
-            device=device,
-            numerics=numerics,
-            quantize=quantize,
-            cache_dir=cache_dir,
+            target=model.on.request(),
+            numerics=model.numerics,
+            quantize=model.quantize,
+            cache_dir=model.cache_dir,
+            graphs=graphs,
+            allow_slow=allow_slow,
             seed=seed,
             api_key=api_key or env.API_KEY.read(),
         )

@@ -13,6 +13,7 @@ from ascend_v4.chat import encode_messages
 from ascend_v4.checkpoint.pack import require_finished
 from ascend_v4.checkpoint.tokenizer import load_tokenizer
 from ascend_v4.config import ModelConfig
+from ascend_v4.device.target import TargetRequest
 from ascend_v4.engine.chat_text import ChatVocabulary
 from ascend_v4.engine.engine import Engine
 from ascend_v4.engine.requests import (
@@ -49,7 +50,7 @@ class GenerateConfig:
     seed: int | None
     tokenizer: Path | None
     """Where the tokenizer is; None means in the checkpoint."""
-    device: str
+    target: TargetRequest
     numerics: str
     quantize: str | None = None
     """Target the checkpoint is repacked to while it loads."""
@@ -105,7 +106,7 @@ def generate(config: GenerateConfig, *, on_text: Callable[[TextDelta], None]) ->
     num_tokens = len(request.prompt_ids) + request.max_tokens
     runner = build_runner(
         config.checkpoint,
-        device=config.device,
+        device=config.target,
         numerics=config.numerics,
         quantize=config.quantize,
         cache_dir=config.cache_dir,

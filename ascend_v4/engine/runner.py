@@ -4,6 +4,7 @@ meet.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +14,20 @@ from torch import Tensor
 
 from ascend_v4.cache.layout import BLOCK_TOKENS, ENTRIES, WINDOW, CacheSpec, PageGroup, plan_pools
 from ascend_v4.cache.pages import PagePool, SequencePages, make_pools
+from ascend_v4.config import ModelConfig
+from ascend_v4.device.target import Target, TargetRequest
+from ascend_v4.engine.decode_graphs import DecodeGraphs, wants_graphs
 from ascend_v4.engine.protocol import Chunk
 from ascend_v4.engine.quantize import quantized_source
 from ascend_v4.errors import CacheFullError, ConfigError, RequestError
-from ascend_v4.model.caches import CacheTensors
+from ascend_v4.model.caches import CacheTensors, cache_storages
 from ascend_v4.model.load import LoadedModel, load_model
+from ascend_v4.model.sizes import model_sizes
 from ascend_v4.model.step import StepPlanner
+from ascend_v4.operators.select import OperatorTable, select
+from ascend_v4.operators.targets import open_target
+
+log = logging.getLogger(__name__)
 
 MAX_STEP_TOKENS = 2048
 """New tokens that go through the layers at once; longer chunks are split."""
@@ -50,6 +59,7 @@ class ModelRunner:
         cache_tokens: int,
         max_sequences: int,
         max_step_tokens: int = MAX_STEP_TOKENS,
+        graphs: bool | None = False,
     ) -> None:
         config = loaded.config
         longest = config.max_position_embeddings
@@ -70,9 +80,20 @@ class ModelRunner:
             groups, cache_tokens=cache_tokens, max_sequences=max_sequences, max_step_tokens=max_step_tokens
         )
         self._pools = make_pools(plan)
-        self._tensors = CacheTensors(specs, plan, dtype=loaded.numerics.dtype, device=loaded.device)
+        storages = cache_storages(loaded.config, loaded.operators, loaded.numerics)
+        self._tensors = CacheTensors(specs, plan, storages=storages, device=loaded.device)
         self._unreserved_pages = plan.pages[ENTRIES] - 1
         self._planner = StepPlanner(config, loaded.operators, config.layer_kinds, loaded.device)
+        self._graphs: DecodeGraphs | None = None
+        if wants_graphs(loaded, graphs):
+            self._graphs = DecodeGraphs(
+                loaded,
+                self._planner,
+                self._tensors,
+                groups=tuple(groups),
+                max_sequences=max_sequences,
+                max_sequence_tokens=max_sequence_tokens,
+            )
         self._mtp: _MtpSide | None = None
         if loaded.mtp is not None:
             self._mtp = _MtpSide(loaded, max_sequences=max_sequences, max_step_tokens=max_step_tokens)
@@ -117,6 +138,10 @@ class ModelRunner:
         reservation; nothing has run then.
         """
         self._check(chunks)
+        if self._graphs is not None and all(len(chunk.token_ids) == 1 for chunk in chunks):
+            logits = self._replay(self._graphs, chunks)
+            if logits is not None:
+                return logits
         last: list[Tensor] = [torch.empty(0)] * len(chunks)
         for part in _split(chunks, self._max_step_tokens):
             streams = self._step([chunks[index] for index, _ in part], [ids for _, ids in part])
@@ -172,6 +197,17 @@ class ModelRunner:
                     "were reserved."
                 )
 
+    def _replay(self, graphs: DecodeGraphs, chunks: Sequence[Chunk]) -> Tensor | None:
+        pages = [_own(chunk).pages for chunk in chunks]
+        for held in pages:
+            held.extend(1)
+        logits = graphs.logits(pages, [chunk.token_ids for chunk in chunks])
+        if logits is None:
+            return None
+        for held in pages:
+            held.advance(1)
+        return logits
+
     def _step(self, chunks: Sequence[Chunk], token_ids: Sequence[Sequence[int]]) -> Tensor:
         pages = [_own(chunk).pages for chunk in chunks]
         for held, ids in zip(pages, token_ids, strict=True):
@@ -194,7 +230,8 @@ class _MtpSide:
             {WINDOW}, cache_tokens=0, max_sequences=max_sequences, max_step_tokens=max_step_tokens
         )
         self.pools: dict[PageGroup, PagePool] = make_pools(plan)
-        self._tensors = CacheTensors(specs, plan, dtype=loaded.numerics.dtype, device=loaded.device)
+        storages = cache_storages(loaded.config, loaded.operators, loaded.numerics)
+        self._tensors = CacheTensors(specs, plan, storages=storages, device=loaded.device)
         self._planner = StepPlanner(loaded.config, loaded.operators, [self._block.kind], loaded.device)
 
     def forward(self, pages: SequencePages, streams_THD: Tensor, next_ids: list[int]) -> Tensor:
@@ -242,7 +279,7 @@ def _split(chunks: Sequence[Chunk], most: int) -> list[list[tuple[int, list[int]
 def build_runner(
     checkpoint: str | Path,
     *,
-    device: str = "cpu",
+    device: Target | TargetRequest | str = "cpu",
     numerics: str = "auto",
     max_sequence_tokens: int,
     cache_tokens: int,
@@ -250,17 +287,47 @@ def build_runner(
     mtp: bool = False,
     quantize: str | None = None,
     cache_dir: Path | None = None,
+    graphs: bool | None = False,
+    allow_slow: bool = True,
 ) -> ModelRunner:
     """Loads a checkpoint and gives it caches for `cache_tokens` positions over at most `max_sequences`
     sequences.
 
     `quantize` names a target it is repacked to while it loads, `cache_dir` a folder that keeps the pack.
+    `graphs` records decoding steps, None where the device gains by it. Without `allow_slow` an NPU whose
+    operators are too slow to serve with is refused before the weights are read, by ConfigError.
     """
+    target = open_target(device)
+    config = ModelConfig.from_file(Path(checkpoint))
+    announce_operators(select(target, sizes=model_sizes(config)), allow_slow=allow_slow)
     source = quantized_source(Path(checkpoint), quantize, cache_dir=cache_dir)
-    loaded = load_model(source, device=device, numerics=numerics, mtp=mtp)
+    loaded = load_model(source, device=target, numerics=numerics, mtp=mtp)
     return ModelRunner(
         loaded,
         max_sequence_tokens=min(max_sequence_tokens, loaded.config.max_position_embeddings),
         cache_tokens=cache_tokens,
         max_sequences=max_sequences,
+        graphs=graphs,
     )
+
+
+def announce_operators(table: OperatorTable, *, allow_slow: bool) -> None:
+    """Logs what was chosen, and warns once of what is waived. Raises ConfigError for operators that are too
+    slow to serve with on an NPU, where they are not allowed.
+    """
+    target = table.target
+    for row in table.rows():
+        log.debug("%s: %s/%s", row["operator"], row["backend"], row["provider"])
+    waived = sorted({name for choice in table.choices.values() for name in choice.waived})
+    if waived:
+        log.warning(
+            "limits waived on %s: %s; what runs like this counts as simulated (waived)",
+            target.describe(),
+            ", ".join(waived),
+        )
+    if table.too_slow and target.device == "npu" and not allow_slow:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in table.too_slow.items())
+        raise ConfigError(
+            f"{len(table.too_slow)} operator(s) would be too slow to serve with on {target.describe()}: "
+            f"{reasons}. Install the packages that ascend-v4 ops --device npu names, or use --allow-slow."
+        )

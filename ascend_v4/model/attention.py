@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ascend_v4.cache.layout import ENTRIES, WINDOW, LayerCaches
+from ascend_v4.cache.layout import ENTRIES_GROUP, WINDOW, LayerCaches
 from ascend_v4.checkpoint.names import AttentionNames
 from ascend_v4.config import LayerKind
 from ascend_v4.model.build import Builder
@@ -34,7 +34,8 @@ class Attention:
         self._heads, self._head_dim = config.num_attention_heads, config.head_dim
         self._groups, self._nope_dim = config.o_groups, config.nope_head_dim
         self._window_tokens, self._eps = config.sliding_window, config.rms_norm_eps
-        self._kv_format = builder.numerics.kv
+        self._kv_format, self._rounds_once = builder.numerics.kv, builder.numerics.rounds_once
+        self._sink_in_peak = builder.numerics.sink_in_peak
         self._query_down, self._query_norm = builder.linear(names.query_down), builder.norm(names.query_norm)
         self._query_up = builder.linear(names.query_up)
         self._key_value = builder.linear(names.key_value)
@@ -43,6 +44,7 @@ class Attention:
         self._output_down = builder.operators.prepare(grouped_linear)(
             output_down, copy=builder.unpack.take(output_down)
         )
+        self._grouped_activation = builder.numerics.grouped_activation_of(output_down.format)
         self._output_up = builder.linear(names.output_up)
         self._sinks_H = builder.weights.float32(names.sink)
         self._compressor = (
@@ -61,7 +63,11 @@ class Attention:
         """Sublayer output [T, hidden] of normed inputs x [T, hidden]; caches are extended on the way."""
         plan = step.kinds[self._kind]
         query_TQ = self._query_norm(self._query_down(x_TD))
-        q_THD = self._head_norm(self._query_up(query_TQ).view(-1, self._heads, self._head_dim), eps=self._eps)
+        q_THD = self._head_norm(
+            self._query_up(query_TQ).view(-1, self._heads, self._head_dim),
+            eps=self._eps,
+            rounded_once=self._rounds_once,
+        )
         self._rotate(q_THD, plan.rope)
         window = tensors[self._caches.window]
         self._write_window(x_TD, window, step, plan)
@@ -72,7 +78,7 @@ class Attention:
             window,
             window_table_BP=step.tables[WINDOW],
             compressed_cache_CSD=None if entries is None else tensors[entries],
-            compressed_table_BP=None if entries is None else step.tables[ENTRIES],
+            compressed_table_BP=None if entries is None else step.tables[ENTRIES_GROUP[self._kind]],
             selected_TK=selected_TK,
             sinks_H=self._sinks_H,
             batch=step.batch,
@@ -80,9 +86,11 @@ class Attention:
             ratio=self._kind.ratio,
             window_tokens=self._window_tokens,
             scale=self._head_dim**-0.5,
+            sink_in_peak=self._sink_in_peak,
         )
         self._rotate(out_THD, plan.rope, inverse=True)
-        low_TGR = self._grouped(out_THD.view(len(out_THD), self._groups, -1), self._output_down)
+        grouped_TGK = out_THD.view(len(out_THD), self._groups, -1)
+        low_TGR = self._grouped(grouped_TGK, self._output_down, activation=self._grouped_activation)
         return self._output_up(low_TGR.flatten(1))
 
     def _write_window(self, x_TD: Tensor, window: Tensor, step: Step, plan: KindPlan) -> None:

@@ -21,6 +21,7 @@ from ascend_v4.operators.contracts.hyper_connections import (
     hyper_connection_head,
     hyper_connection_post,
     hyper_connection_pre,
+    round_to_hf32,
 )
 
 
@@ -30,7 +31,8 @@ class HyperConnection:
     """
 
     def __init__(self, builder: Builder, names: HyperConnectionNames) -> None:
-        self._fn, self._scale, self._base = builder.weights.hyper_connection(names)
+        fn_MF, self._scale, self._base = builder.weights.hyper_connection(names)
+        self._fn = round_to_hf32(fn_MF) if builder.numerics.hf32_mixing else fn_MF
         self._iterations = builder.config.hc_sinkhorn_iters
         self._norm_eps, self._mix_eps = builder.config.rms_norm_eps, builder.config.hc_eps
         self._pre = builder.operators[hyper_connection_pre]

@@ -80,7 +80,7 @@ class Builder:
 
     def norm(self, name: str) -> Layer:
         """RMS norm over the last axis of [T, D]."""
-        weight_D = self.weights.plain(name).float()
+        weight_D = self.operators.prepare(rms_norm)(self.weights.plain(name), copy=True)
         eps = self.config.rms_norm_eps
         run = self.operators[rms_norm]
 

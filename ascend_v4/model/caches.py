@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ascend_v4.cache.layout import CacheSpec, PageGroup, PoolPlan
+from ascend_v4.cache.layout import CacheRole, CacheSpec, PageGroup, PoolPlan
 from ascend_v4.cache.pages import SequencePages
+from ascend_v4.config import ModelConfig
+from ascend_v4.model.numerics import Numerics
+from ascend_v4.operators.contracts.cache import CacheStorage, write_index_keys, write_kv
+from ascend_v4.operators.select import OperatorTable
 
 
 class CacheTensors:
@@ -19,19 +23,38 @@ class CacheTensors:
     """
 
     def __init__(
-        self, specs: Iterable[CacheSpec], plan: PoolPlan, *, dtype: torch.dtype, device: torch.device
+        self,
+        specs: Iterable[CacheSpec],
+        plan: PoolPlan,
+        *,
+        storages: Mapping[CacheRole, CacheStorage],
+        device: torch.device,
     ) -> None:
-        self._tensors = {
-            spec.name: _zeros(
-                (plan.pages[spec.group], spec.rows_per_page, spec.row_width),
-                dtype=torch.float32 if spec.is_state or spec.is_wide else dtype,
-                device=device,
-            )
-            for spec in specs
-        }
+        self._tensors: dict[str, Tensor] = {}
+        for spec in specs:
+            storage = storages[spec.role]
+            width = spec.row_width if spec.role is CacheRole.STATE else storage.width
+            shape = (plan.pages[spec.group], spec.rows_per_page, width)
+            self._tensors[spec.name] = _zeros(shape, dtype=storage.dtype, device=device)
 
     def __getitem__(self, spec: CacheSpec) -> Tensor:
         return self._tensors[spec.name]
+
+
+def cache_storages(
+    config: ModelConfig, operators: OperatorTable, numerics: Numerics
+) -> dict[CacheRole, CacheStorage]:
+    """How the chosen operators store the rows of each kind of cache."""
+    return {
+        CacheRole.KV: operators.storage(write_kv)(
+            width=config.head_dim, nope_dim=config.nope_head_dim, format=numerics.kv, dtype=numerics.dtype
+        ),
+        CacheRole.INDEX_KEYS: operators.storage(write_index_keys)(
+            width=config.index_head_dim, format=numerics.index, dtype=numerics.dtype
+        ),
+        # row widths of states differ by layer
+        CacheRole.STATE: CacheStorage(torch.float32, 0),
+    }
 
 
 def _zeros(shape: tuple[int, int, int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -44,10 +67,21 @@ def _zeros(shape: tuple[int, int, int], *, dtype: torch.dtype, device: torch.dev
     return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
 
 
-def table_tensor(sequences: Sequence[SequencePages], group: PageGroup, *, device: torch.device) -> Tensor:
-    """Page tables of one group, int64 [B, P]; shorter ones end in page 0."""
+def table_tensor(
+    sequences: Sequence[SequencePages],
+    group: PageGroup,
+    *,
+    device: torch.device,
+    shape: tuple[int, int] | None = None,
+) -> Tensor:
+    """Page tables of one group, int64 [B, P]; shorter ones end in page 0.
+
+    A shape may ask for more rows, which are all page 0, and for more pages.
+    """
     tables = [pages.tables[group] for pages in sequences]
-    longest = max(len(table) for table in tables)
-    return torch.tensor([table + [0] * (longest - len(table)) for table in tables], device=device).view(
-        len(tables), longest
-    )
+    if shape is None:
+        shape = (len(tables), max(len(table) for table in tables))
+    rows = np.zeros(shape, dtype=np.int64)
+    for row, table in zip(rows, tables, strict=False):
+        row[: len(table)] = table
+    return torch.from_numpy(rows).to(device)

@@ -20,10 +20,17 @@ class Compressor:
         )
         self._overlap = overlap
         self._eps = builder.config.rms_norm_eps
+        self._rounds_once = builder.numerics.rounds_once
         self._compress = builder.operators[compress]
 
     def __call__(self, x_TD: Tensor, state_cache: Tensor, step: CompressionStep) -> Tensor:
         """Entries [N, head] completed by the new tokens x [T, hidden]; their slots are in the step."""
         return self._compress(
-            x_TD, self._weights, state_cache, step.plan, overlap=self._overlap, eps=self._eps
+            x_TD,
+            self._weights,
+            state_cache,
+            step.plan,
+            overlap=self._overlap,
+            eps=self._eps,
+            rounded_once=self._rounds_once,
         )

@@ -6,7 +6,6 @@ Legend: T tokens, H streams, D hidden, V vocabulary.
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional
 
 from ascend_v4.cache.layout import LayerCaches, layer_caches
 from ascend_v4.checkpoint.names import layer_names, layer_prefix, top_names
@@ -14,6 +13,7 @@ from ascend_v4.model.block import Block, HeadMixer
 from ascend_v4.model.build import Builder, Layer
 from ascend_v4.model.caches import CacheTensors
 from ascend_v4.model.step import Step
+from ascend_v4.operators.contracts.embedding import embed_tokens
 
 
 class DeepSeekV4:
@@ -23,13 +23,9 @@ class DeepSeekV4:
         config, names = builder.config, top_names()
         self._num_streams, self._dtype = config.hc_mult, builder.dtype
         self._embedding_VD = builder.weights.plain(names.embedding)
+        self._embed = builder.operators[embed_tokens]
         self.caches: list[LayerCaches] = [
-            layer_caches(
-                config,
-                kind,
-                prefix=layer_prefix(index).rstrip("."),
-                wide_index_keys=builder.numerics.has_wide_index_keys,
-            )
+            layer_caches(config, kind, prefix=layer_prefix(index).rstrip("."))
             for index, kind in enumerate(config.layer_kinds)
         ]
         self._blocks = [
@@ -42,7 +38,7 @@ class DeepSeekV4:
 
     def embed(self, token_ids_T: Tensor) -> Tensor:
         """Embeddings [T, D] in the model's dtype."""
-        return functional.embedding(token_ids_T, self._embedding_VD).to(self._dtype)
+        return self._embed(token_ids_T, self._embedding_VD, dtype=self._dtype)
 
     def forward(self, step: Step, tensors: CacheTensors) -> Tensor:
         """Final streams [T, H, D] of a step's tokens; caches are extended by them."""

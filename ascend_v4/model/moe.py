@@ -22,7 +22,9 @@ class MixtureOfExperts:
         self._limit = config.swiglu_limit
         self._router = builder.float32_linear(names.router)
         self._bias_E = None if names.router_bias is None else builder.weights.float32(names.router_bias)
-        self._table_VK = None if names.token_experts is None else builder.weights.plain(names.token_experts)
+        table = None if names.token_experts is None else builder.weights.plain(names.token_experts)
+        # int64 in the file; the vendors' gating takes int32, and half the memory does
+        self._table_VK = None if table is None else table.to(torch.int32)
         stored = builder.weights.experts(names.experts)
         every = [part for parts in stored.gate_up for part in parts] + list(stored.down)
         self._activation = _shared_activation(builder, every, names.experts[0].down.weight)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ascend_v4.checkpoint.pack import PackScheme
+from ascend_v4.device.soc import Chip
 from ascend_v4.errors import ConfigError
 from ascend_v4.operators.contracts.quantize import ActivationFormat, IndexFormat, KvFormat, WeightFormat
 
@@ -22,6 +23,12 @@ class Numerics:
     """Applied in front of quantised weights, never in front of plain ones; `activation_of` says more."""
     kv: KvFormat
     index: IndexFormat
+    rounds_once: bool
+    """Whether head norms and compressed entries stay in float32 until their result, as in chips' kernels."""
+    hf32_mixing: bool
+    """Whether the weights of hyper-connections are rounded to what the chips' HF32 products read of them."""
+    sink_in_peak: bool
+    """Whether attention rounds probabilities against a maximum that the sink takes part in, as chips do."""
     copies_weights: bool
     """Whether every matrix gets a float32 copy at load; otherwise only what a small budget allows."""
 
@@ -35,10 +42,10 @@ class Numerics:
             return ActivationFormat.MXFP8
         return ActivationFormat.FP8_GROUP
 
-    @property
-    def has_wide_index_keys(self) -> bool:
-        """Whether indexer keys need float32 in the cache."""
-        return self.index in (IndexFormat.INT8, IndexFormat.FP8)
+    def grouped_activation_of(self, weight: WeightFormat) -> ActivationFormat:
+        """The same for the grouped output projection, whose input only Ascend 950 quantises."""
+        activation = self.activation_of(weight)
+        return activation if activation is ActivationFormat.MXFP8 else ActivationFormat.NONE
 
 
 NATIVE = Numerics(
@@ -47,6 +54,9 @@ NATIVE = Numerics(
     activation=ActivationFormat.FP8_GROUP,
     kv=KvFormat.FP8_GROUP,
     index=IndexFormat.FP4_GROUP,
+    rounds_once=False,
+    hf32_mixing=False,
+    sink_in_peak=False,
     copies_weights=False,
 )
 EXACT = Numerics(
@@ -55,6 +65,9 @@ EXACT = Numerics(
     activation=ActivationFormat.NONE,
     kv=KvFormat.PLAIN,
     index=IndexFormat.PLAIN,
+    rounds_once=False,
+    hf32_mixing=False,
+    sink_in_peak=False,
     copies_weights=True,
 )
 W8A8 = Numerics(
@@ -63,6 +76,9 @@ W8A8 = Numerics(
     activation=ActivationFormat.INT8_TOKEN,
     kv=KvFormat.PLAIN,
     index=IndexFormat.INT8,
+    rounds_once=True,
+    hf32_mixing=True,
+    sink_in_peak=True,
     copies_weights=False,
 )
 """Atlas A2 and A3: INT8 products, bfloat16 key-values, INT8 indexer."""
@@ -73,6 +89,9 @@ MX = Numerics(
     activation=ActivationFormat.MXFP8,
     kv=KvFormat.FP8_GROUP,
     index=IndexFormat.FP8,
+    rounds_once=True,
+    hf32_mixing=True,
+    sink_in_peak=True,
     copies_weights=False,
 )
 """Ascend 950: MXFP8 activations, FP8 key-values as in the release, FP8 indexer."""
@@ -82,6 +101,9 @@ BF16 = Numerics(
     activation=ActivationFormat.NONE,
     kv=KvFormat.PLAIN,
     index=IndexFormat.PLAIN,
+    rounds_once=False,
+    hf32_mixing=False,
+    sink_in_peak=False,
     copies_weights=False,
 )
 """No quantisation at all, rounded between operators."""
@@ -93,6 +115,36 @@ PACKED = {
     PackScheme.BF16: BF16,
     PackScheme.RELEASE: NATIVE,
 }
+
+
+ON_CHIP = {
+    Chip.A2: {PackScheme.W8A8: W8A8, PackScheme.W4A8: W4A8},
+    Chip.A3: {PackScheme.W8A8: W8A8, PackScheme.W4A8: W4A8},
+    Chip.A950: {PackScheme.RELEASE: MX, PackScheme.MX: MX},
+}
+"""What each chip computes, by how the weights are stored. 950 reads the release as the mx pack it equals."""
+
+
+def numerics_on_chip(name: str, chip: Chip, *, scheme: PackScheme | None) -> Numerics:
+    """The chip's own arithmetic for a pack, or for the release layout (scheme None).
+
+    Raises ConfigError for weights whose formats the chip does not compute, and for numerics other than auto.
+    """
+    if name != "auto":
+        raise ConfigError(
+            f"--numerics {name} is for the CPU; on {chip.value} the chip's own formats decide: use auto."
+        )
+    found = ON_CHIP[chip].get(scheme or PackScheme.RELEASE)
+    if found is None:
+        kinds = ", ".join(each.value for each in ON_CHIP[chip])
+        stored = "the release's FP4 and FP8 weights" if scheme is None else f"a {scheme.value} pack"
+        target = next(iter(ON_CHIP[chip])).value
+        raise ConfigError(
+            f"{chip.value} does not run {stored}; it runs {kinds}. Use ascend-v4 repack --to "
+            f"{'mx' if chip is Chip.A950 else target}, or --quantize {'mx' if chip is Chip.A950 else target} "
+            "with the official files."
+        )
+    return found
 
 
 def numerics_by_name(name: str, *, scheme: PackScheme | None = None) -> Numerics:

@@ -4,13 +4,20 @@ plans.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ascend_v4.cache.layout import BLOCK_TOKENS, ENTRIES, STATE_GROUP, WINDOW, PageGroup
+from ascend_v4.cache.layout import (
+    ENTRIES,
+    ENTRIES_GROUP,
+    STATE_GROUP,
+    WINDOW,
+    PageGroup,
+    entries_per_page,
+)
 from ascend_v4.cache.pages import SequencePages
 from ascend_v4.config import LayerKind, ModelConfig
 from ascend_v4.model.caches import table_tensor
@@ -18,7 +25,7 @@ from ascend_v4.operators.contracts.attention import sparse_attention
 from ascend_v4.operators.contracts.batch import Plan, TokenBatch, rows_of
 from ascend_v4.operators.contracts.compressor import compress
 from ascend_v4.operators.contracts.indexer import select_entries
-from ascend_v4.operators.contracts.rope import RopeFrequencies, RopeRows, rope_frequencies, rotate
+from ascend_v4.operators.contracts.rope import RopeFrequencies, rope_frequencies, rotate
 from ascend_v4.operators.select import OperatorTable
 
 
@@ -26,7 +33,7 @@ from ascend_v4.operators.select import OperatorTable
 class KindPlan:
     """Plans shared by all layers of one kind; None where the kind has no such operator."""
 
-    rope: RopeRows
+    rope: Plan
     attention: Plan
     compression: CompressionStep | None
     index: Plan | None
@@ -51,6 +58,17 @@ class Step:
     kinds: dict[LayerKind, KindPlan]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepFrame:
+    """The fixed shape of a decoding step that is recorded: one new token of each sequence, padded with
+    sequences that hold no page.
+    """
+
+    num_sequences: int
+    table_pages: Mapping[PageGroup, int]
+    """Pages per table and group."""
+
+
 class StepPlanner:
     """Builds steps for the layer kinds of one model (or of its MTP block)."""
 
@@ -63,30 +81,50 @@ class StepPlanner:
         self._device = device
         self._frequencies = {kind: _frequencies(config, kind) for kind in self._kinds}
 
-    def plan(self, sequences: Sequence[SequencePages], token_ids: Sequence[Sequence[int]]) -> Step:
-        """A step over sequences whose pages already reach over the new tokens."""
+    def plan(
+        self,
+        sequences: Sequence[SequencePages],
+        token_ids: Sequence[Sequence[int]],
+        *,
+        frame: StepFrame | None = None,
+    ) -> Step:
+        """A step over sequences whose pages already reach over the new tokens, in a frame's shape if one is
+        given.
+        """
+        padding = 0 if frame is None else frame.num_sequences - len(sequences)
         batch = TokenBatch(
-            starts=tuple(pages.num_tokens for pages in sequences),
-            counts=tuple(len(ids) for ids in token_ids),
+            starts=(*(pages.num_tokens for pages in sequences), *[0] * padding),
+            counts=(*(len(ids) for ids in token_ids), *[1] * padding),
             device=self._device,
         )
-        groups = sequences[0].tables
-        tables = {group: table_tensor(sequences, group, device=self._device) for group in groups}
+        tables = self._tables(sequences, frame)
         flat_ids = [token_id for ids in token_ids for token_id in ids]
+        slots_T = rows_of(tables[WINDOW], batch.sequence_T, batch.positions_T, per_page=WINDOW.page_tokens)
+        if frame is not None:
+            slots_T = torch.where(slots_T < WINDOW.page_tokens, -1, slots_T)
         ropes = self._ropes(batch)
         return Step(
-            token_ids_T=torch.tensor(flat_ids, device=self._device),
+            token_ids_T=torch.tensor([*flat_ids, *[0] * padding], device=self._device),
             batch=batch,
             tables=tables,
-            window_slots_T=rows_of(
-                tables[WINDOW], batch.sequence_T, batch.positions_T, per_page=WINDOW.page_tokens
-            ),
-            kinds={kind: self._kind_plan(kind, batch, tables, ropes[kind]) for kind in self._kinds},
+            window_slots_T=slots_T,
+            kinds={
+                kind: self._kind_plan(kind, batch, tables, ropes[kind], frame=frame) for kind in self._kinds
+            },
         )
 
-    def _ropes(self, batch: TokenBatch) -> dict[LayerKind, RopeRows]:
+    def _tables(self, sequences: Sequence[SequencePages], frame: StepFrame | None) -> dict[PageGroup, Tensor]:
+        if frame is None:
+            groups = sequences[0].tables
+            return {group: table_tensor(sequences, group, device=self._device) for group in groups}
+        return {
+            group: table_tensor(sequences, group, device=self._device, shape=(frame.num_sequences, pages))
+            for group, pages in frame.table_pages.items()
+        }
+
+    def _ropes(self, batch: TokenBatch) -> dict[LayerKind, Plan]:
         plan_rope = self._operators.plan(rotate)
-        ropes: dict[LayerKind, RopeRows] = {}
+        ropes: dict[LayerKind, Plan] = {}
         for kind in self._kinds:
             twin = LayerKind.CSA if kind is LayerKind.HCA else None
             ropes[kind] = (
@@ -95,18 +133,28 @@ class StepPlanner:
         return ropes
 
     def _kind_plan(
-        self, kind: LayerKind, batch: TokenBatch, tables: dict[PageGroup, Tensor], rope: RopeRows
+        self,
+        kind: LayerKind,
+        batch: TokenBatch,
+        tables: dict[PageGroup, Tensor],
+        rope: Plan,
+        *,
+        frame: StepFrame | None,
     ) -> KindPlan:
         compressed = kind is not LayerKind.SWA
-        entries_per_page = BLOCK_TOKENS // kind.ratio if compressed else 0
+        per_page = entries_per_page(kind)
+        config = self._config
         attention = self._operators.plan(sparse_attention)(
             batch,
             ratio=kind.ratio,
-            window_tokens=self._config.sliding_window,
+            window_tokens=config.sliding_window,
             window_table=tables[WINDOW],
             window_page_tokens=WINDOW.page_tokens,
-            compressed_table=tables[ENTRIES] if compressed else None,
-            entries_per_page=entries_per_page,
+            compressed_table=tables[ENTRIES_GROUP[kind]] if compressed else None,
+            entries_per_page=per_page,
+            num_heads=config.num_attention_heads,
+            head_dim=config.head_dim,
+            topk=config.index_topk if kind is LayerKind.CSA else 0,
         )
         if not compressed:
             return KindPlan(rope=rope, attention=attention, compression=None, index=None)
@@ -117,18 +165,22 @@ class StepPlanner:
             overlap=kind is LayerKind.CSA,
             state_table=tables[state],
             state_page_tokens=state.page_tokens,
-            entry_table=tables[ENTRIES],
-            entries_per_page=entries_per_page,
+            entry_table=tables[ENTRIES_GROUP[kind]],
+            entries_per_page=per_page,
             frequencies=self._frequencies[kind],
+            # a recorded step returns a row per sequence, the completed entries first
+            **({} if frame is None else {"static_rows": frame.num_sequences}),
         )
         index = None
         if kind is LayerKind.CSA:
             index = self._operators.plan(select_entries)(
                 batch,
                 ratio=kind.ratio,
-                topk=self._config.index_topk,
+                topk=config.index_topk,
                 key_table=tables[ENTRIES],
-                keys_per_page=entries_per_page,
+                keys_per_page=per_page,
+                num_heads=config.index_n_heads,
+                head_dim=config.index_head_dim,
             )
         compression = CompressionStep(plan=plan, entry_slots=plan.entry_slots)
         return KindPlan(rope=rope, attention=attention, compression=compression, index=index)

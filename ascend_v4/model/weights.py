@@ -41,6 +41,9 @@ FORMAT_BY_FORM = {
 }
 
 
+CPU = torch.device("cpu")
+
+
 class TensorSource(Protocol):
     """Tensors by name: an open checkpoint or pack, or one that is repacked while it is read."""
 
@@ -69,20 +72,21 @@ class TensorSource(Protocol):
 class WeightSource:
     """Weights of one source."""
 
-    def __init__(self, reader: TensorSource) -> None:
+    def __init__(self, reader: TensorSource, device: torch.device = CPU) -> None:
         self.reader = reader
+        self._device = device
 
     def plain(self, name: str) -> Tensor:
-        """A tensor as stored."""
-        return self.reader.tensor(name)
+        """A tensor as stored, on the model's device; a CPU's stay where the file is mapped."""
+        return self.reader.tensor(name).to(self._device)
 
     def float32(self, name: str) -> Tensor:
         """A tensor that the release stores in float32; other tools' packs may have it in bfloat16."""
-        return self.reader.tensor(name).float()
+        return self.plain(name).float()
 
     def matrix(self, name: str) -> StoredWeight:
         """A weight without a scale."""
-        return StoredWeight(self.reader.tensor(name), None, WeightFormat.PLAIN)
+        return StoredWeight(self.plain(name), None, WeightFormat.PLAIN)
 
     def linear(self, names: LinearNames) -> StoredWeight:
         """A weight with its scale, if it has one."""
@@ -93,8 +97,8 @@ class WeightSource:
             raise CheckpointError(
                 f"{names.weight} has dtype {dtype}; linear weights are one of {', '.join(FORMAT_BY_DTYPE)}."
             )
-        scale = None if names.scale is None else self.reader.tensor(names.scale)
-        return StoredWeight(self.reader.tensor(names.weight), scale, FORMAT_BY_DTYPE[dtype])
+        scale = None if names.scale is None else self.plain(names.scale)
+        return StoredWeight(self.plain(names.weight), scale, FORMAT_BY_DTYPE[dtype])
 
     def packed(self, name: str, pack: Pack) -> StoredWeight:
         """A weight of a pack as its description has it.
@@ -106,7 +110,7 @@ class WeightSource:
             return self.matrix(name)
         assert described.scale is not None, described
         format = FORMAT_BY_FORM[described.form]
-        codes, scale = self.reader.tensor(name), self.reader.tensor(described.scale)
+        codes, scale = self.plain(name), self.plain(described.scale)
         if format is WeightFormat.FP4_GROUP:
             # ModelSlim packs spell packed codes as unsigned bytes
             codes = codes.view(torch.int8)

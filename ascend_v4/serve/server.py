@@ -22,6 +22,7 @@ from uvicorn.config import LOGGING_CONFIG
 from ascend_v4.checkpoint.pack import require_finished
 from ascend_v4.checkpoint.tokenizer import load_tokenizer
 from ascend_v4.config import ModelConfig
+from ascend_v4.device.target import ON_CPU, TargetRequest
 from ascend_v4.engine.engine import Engine
 from ascend_v4.engine.protocol import Runner
 from ascend_v4.engine.scheduler import SchedulerLimits
@@ -59,7 +60,12 @@ class ServeConfig:
     cache_tokens: int | None = None
     """Positions that all running requests together may hold."""
     limits: SchedulerLimits
-    device: str = "cpu"
+    target: TargetRequest = ON_CPU
+    """Where the model runs."""
+    graphs: bool | None = None
+    """Whether decoding steps are recorded; None means where the device gains by it."""
+    allow_slow: bool = False
+    """Serve on an NPU even with operators that are too slow to serve with."""
     numerics: str = "auto"
     quantize: str | None = None
     """Target the checkpoint is repacked to while it loads."""
@@ -181,13 +187,15 @@ def _load_engine(config: ServeConfig) -> Engine:
     context_tokens, cache_tokens = resolve_lengths(config, model_tokens=model.max_position_embeddings)
     runner: Runner = build_runner(
         config.checkpoint,
-        device=config.device,
+        device=config.target,
         numerics=config.numerics,
         quantize=config.quantize,
         cache_dir=config.cache_dir,
         max_sequence_tokens=context_tokens,
         cache_tokens=cache_tokens,
         max_sequences=config.limits.max_num_seqs,
+        graphs=config.graphs,
+        allow_slow=config.allow_slow,
     )
     logger.info("Context %d tokens, caches %d tokens", context_tokens, cache_tokens)
     return Engine(runner, eos_token_ids=model.eos_token_ids, limits=config.limits)

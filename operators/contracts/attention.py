@@ -1,8 +1,8 @@
 """Sparse attention over shared key-values: a sliding window, plus compressed entries, plus a sink per head.
 
 Legend: T packed tokens, H query heads, D head size, W window rows, N compressed entries, K selected entries,
-C pages, S rows per page, B sequences, P logical pages. Keys and values are the same rows; one head serves all
-queries.
+C pages, S rows per page, W elements of a stored row (D unless an implementation stores rows its own way),
+B sequences, P logical pages. Keys and values are the same rows; one head serves all queries.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ascend_v4.errors import ContractError
-from ascend_v4.operators.contract import FLOAT32, FLOATS, INT64, Spec, Tolerance, operator
+from ascend_v4.operators.contract import CACHES, FLOAT32, FLOATS, INT64, Spec, Tolerance, operator
 from ascend_v4.operators.contracts.batch import Plan, TokenBatch, rows_of
 
 QUERIES_AT_A_TIME = 64
@@ -28,9 +28,13 @@ def plan_attention(
     window_page_tokens: int,
     compressed_table: Tensor | None,
     entries_per_page: int,
+    num_heads: int,
+    head_dim: int,
+    topk: int,
 ) -> Plan:
-    """The reference needs nothing ahead of time; other implementations put a step's row numbers and masks
-    here.
+    """The reference needs nothing ahead of time; others put a step's row numbers, masks or metadata here.
+
+    topk is the number of entries selected for each token, 0 where all visible ones are used.
     """
     return Plan()
 
@@ -42,10 +46,10 @@ def plan_attention(
 )
 def sparse_attention(
     q_THD: Annotated[Tensor, Spec("T H D", FLOATS)],
-    window_cache_CSD: Annotated[Tensor, Spec("C S D", FLOATS)],
+    window_cache_CSD: Annotated[Tensor, Spec("C S W", CACHES)],
     *,
     window_table_BP: Annotated[Tensor, Spec("B P", INT64)],
-    compressed_cache_CSD: Annotated[Tensor | None, Spec("E L D", FLOATS)],
+    compressed_cache_CSD: Annotated[Tensor | None, Spec("E L W", CACHES)],
     compressed_table_BP: Annotated[Tensor | None, Spec("B X", INT64)],
     selected_TK: Annotated[Tensor | None, Spec("T K", (torch.int32,))],
     sinks_H: Annotated[Tensor, Spec("H", FLOAT32)],
@@ -54,6 +58,7 @@ def sparse_attention(
     ratio: int,
     window_tokens: int,
     scale: float,
+    sink_in_peak: bool,
 ) -> Annotated[Tensor, Spec("T H D", FLOATS)]:
     """Attention output before the inverse rotation, in q's dtype.
 
@@ -62,7 +67,11 @@ def sparse_attention(
     `selected` is None. Those must be distinct entry numbers below the visible count; the reference raises
     ContractError for a number that is not visible, faster implementations do not look. Scores are float32;
     unnormalised probabilities are rounded to q's dtype before they multiply the values, not in the
-    denominator, to which exp(sink) is added.
+    denominator, to which exp(sink) is added. They are exp(score - peak), the peak being the largest score of
+    the token.
+
+    sink_in_peak: the sink takes part in the peak, as on the chips, whose running maximum starts there. That
+    moves the rounding and nothing else.
     """
     out_THD = torch.empty_like(q_THD)
     window = window_cache_CSD.view(-1, window_cache_CSD.shape[-1])
@@ -84,7 +93,9 @@ def sparse_attention(
                 flat = compressed_cache_CSD.view(-1, compressed_cache_CSD.shape[-1])
                 kv = torch.cat((kv, flat[entry_rows]), dim=1)
                 valid = torch.cat((valid, entry_valid), dim=1)
-            out_THD[low:high] = attend(q_THD[low:high], kv, valid, sinks_H, scale=scale)
+            out_THD[low:high] = attend(
+                q_THD[low:high], kv, valid, sinks_H, scale=scale, sink_in_peak=sink_in_peak
+            )
     return out_THD
 
 
@@ -113,13 +124,17 @@ def visible_entries(
     return torch.where(valid, entries, 0), valid
 
 
-def attend(q_THD: Tensor, kv_TND: Tensor, valid_TN: Tensor, sinks_H: Tensor, *, scale: float) -> Tensor:
+def attend(
+    q_THD: Tensor, kv_TND: Tensor, valid_TN: Tensor, sinks_H: Tensor, *, scale: float, sink_in_peak: bool
+) -> Tensor:
     """Softmax attention of each token over its own rows, with the sink in the denominator."""
     # rows that do not count may be anything, NaN included: 0 times NaN would spoil the sum
     values = kv_TND.float().masked_fill(~valid_TN.unsqueeze(-1), 0.0)
     scores = torch.einsum("thd,tnd->thn", q_THD.float(), values) * scale
     scores = scores.masked_fill(~valid_TN.unsqueeze(1), -torch.inf)
     peak = scores.amax(-1, keepdim=True)
+    if sink_in_peak:
+        peak = torch.maximum(peak, sinks_H[:, None])
     weights = torch.exp(scores - peak)
     total = weights.sum(-1, keepdim=True) + torch.exp(sinks_H[:, None] - peak)
     rounded = weights.to(q_THD.dtype).float()

@@ -164,9 +164,13 @@ def compress(
     *,
     overlap: bool,
     eps: float,
+    rounded_once: bool,
 ) -> Annotated[Tensor, Spec("N D", FLOATS)]:
     """The entries completed by the new tokens, normed and rotated, in x's dtype; their state is kept for
     later steps.
+
+    rounded_once: what is pooled stays float32 through norm and rotation, as in the chips' kernels. Otherwise
+    it is rounded to x's dtype before the norm, after it and after the rotation, as in the release.
 
     Old state is read and new state written in one call; the caller's pages must not make them alias.
     """
@@ -181,9 +185,11 @@ def compress(
     if old_MW is None:
         return x_TK.new_empty(0, weights.norm.shape[0])
     pooled_ND = _pool(torch.cat((rows_TW, old_MW)), plan.member_NG, overlap=overlap)
-    entries_ND = rms_norm.reference(pooled_ND.to(x_TK.dtype), weights.norm, eps=eps)
+    entries_ND = rms_norm.reference(
+        pooled_ND if rounded_once else pooled_ND.to(x_TK.dtype), weights.norm, eps=eps
+    )
     rotate.reference(entries_ND.unsqueeze(1), plan.rope)
-    return entries_ND
+    return entries_ND.to(x_TK.dtype)
 
 
 def _pool(rows_RW: Tensor, member_NG: Tensor, *, overlap: bool) -> Tensor:

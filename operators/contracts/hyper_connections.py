@@ -16,6 +16,17 @@ from ascend_v4.operators.contract import FLOAT32, FLOATS, Spec, Tolerance, opera
 MIX_STEPS = Tolerance(64, "float32 mixing weights through 20 Sinkhorn passes, then one rounding")
 
 
+def round_to_hf32(values: Tensor) -> Tensor:
+    """Float32 numbers rounded to nearest, ties to even, to the 10 mantissa bits that HF32 products read.
+
+    Those products cut what they are given toward zero, which would shrink every mixing weight; numbers
+    rounded ahead lose nothing more. Finite numbers below 2^127 only.
+    """
+    bits = values.contiguous().view(torch.int32)
+    odd = (bits >> 13) & 1
+    return ((bits + 0xFFF + odd) & ~0x1FFF).view(torch.float32)
+
+
 def mixing_logits(streams_THD: Tensor, fn_MF: Tensor, *, norm_eps: float) -> Tensor:
     """The flattened streams through fn, divided by their RMS, [T, M] float32."""
     flat = streams_THD.flatten(1).float()

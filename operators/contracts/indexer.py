@@ -10,7 +10,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from ascend_v4.operators.contract import BITWISE, FLOATS, INT64, Spec, operator
+from ascend_v4.operators.contract import BITWISE, CACHES, FLOATS, INT64, Spec, operator
 from ascend_v4.operators.contracts.batch import Plan, TokenBatch, rows_of
 from ascend_v4.operators.contracts.quantize import IndexFormat, quantize_index
 
@@ -18,7 +18,16 @@ SCORE_ELEMENTS = 1 << 24
 """Scores of all heads held at a time; longer prefills go through in slices of queries."""
 
 
-def plan_index(batch: TokenBatch, *, ratio: int, topk: int, key_table: Tensor, keys_per_page: int) -> Plan:
+def plan_index(
+    batch: TokenBatch,
+    *,
+    ratio: int,
+    topk: int,
+    key_table: Tensor,
+    keys_per_page: int,
+    num_heads: int,
+    head_dim: int,
+) -> Plan:
     """The reference needs nothing ahead of time; vendor kernels divide their work here."""
     return Plan()
 
@@ -32,7 +41,7 @@ def select_entries(
     q_THD: Annotated[Tensor, Spec("T H D", FLOATS)],
     weights_TH: Annotated[Tensor, Spec("T H", FLOATS)],
     *,
-    key_cache_CSD: Annotated[Tensor, Spec("C S D", FLOATS)],
+    key_cache_CSD: Annotated[Tensor, Spec("C S W", CACHES)],
     key_table_BP: Annotated[Tensor, Spec("B P", INT64)],
     batch: TokenBatch,
     plan: Plan,

@@ -200,11 +200,15 @@ def float32_linear(
     prepare=prepare_grouped,
 )
 def grouped_linear(
-    x_TGK: Annotated[Tensor, Spec("T G K", FLOATS)], weight: StoredWeight
+    x_TGK: Annotated[Tensor, Spec("T G K", FLOATS)], weight: StoredWeight, *, activation: ActivationFormat
 ) -> Annotated[Tensor, Spec("T G N", FLOATS)]:
-    """Each group of heads through its own run of N rows of the weight [G * N, K]; no activation
-    quantisation.
+    """Each group of heads through its own run of N rows of the weight [G * N, K].
+
+    activation is NONE as in the release, or MXFP8 as on Ascend 950, whose grouped product takes quantised
+    inputs.
     """
+    if activation is not ActivationFormat.NONE:
+        x_TGK = quantized(x_TGK.flatten(0, 1), activation).view_as(x_TGK)
     groups = x_TGK.shape[1]
     per_group = weight.num_outputs // groups
     if weight.codes.dtype is torch.float32 or per_group % WEIGHT_BLOCK:

@@ -112,7 +112,8 @@ def routed_experts(
     Rows are sorted by expert and go through grouped products; each product is rounded to x's dtype. The
     routing weight stands before the down projection as in the release; with INT8_TOKEN and MXFP8 it stands
     after, in float32, as on the chips that have these formats. With INT8_TOKEN a plain weight gets its input
-    as it is.
+    as it is, and between integer products nothing is rounded before it is quantised again: the chips' kernels
+    take the sums of the first through the activation in float32.
     """
     tokens, per_token = expert_ids_TK.shape
     order_R = expert_ids_TK.flatten().sort(stable=True).indices
@@ -120,12 +121,18 @@ def routed_experts(
     token_R = torch.div(order_R, per_token, rounding_mode="floor")
     rows = quantized_rows(x_TD, activation)
     rows = rows.at(token_R) if isinstance(rows, Int8Rows) else rows.index_select(0, token_R)
-    gate_up = _grouped_product(rows, counts, experts.gate_up)
+    stays_wide = isinstance(rows, Int8Rows) and all(part.is_integer for part in experts.down)
+    gate_up = _grouped_product(
+        rows, counts, experts.gate_up, dtype=torch.float32 if stays_wide else x_TD.dtype
+    )
     weights_R = weights_TK.flatten()[order_R]
     is_weighed_after = activation in WEIGHED_AFTER
     hidden = clamped_swiglu.reference(gate_up, None if is_weighed_after else weights_R, limit=swiglu_limit)
     down = _grouped_product(
-        quantized_rows(hidden, activation), counts, tuple((part,) for part in experts.down)
+        quantized_rows(hidden, activation),
+        counts,
+        tuple((part,) for part in experts.down),
+        dtype=x_TD.dtype,
     ).float()
     if is_weighed_after:
         down *= weights_R.unsqueeze(-1)
@@ -140,12 +147,16 @@ def quantized_rows(rows: Tensor, activation: ActivationFormat) -> Tensor | Int8R
 
 
 def _grouped_product(
-    rows_RK: Tensor | Int8Rows, counts: list[int], weights: tuple[tuple[StoredWeight, ...], ...]
+    rows_RK: Tensor | Int8Rows,
+    counts: list[int],
+    weights: tuple[tuple[StoredWeight, ...], ...],
+    *,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Each run of rows times its own expert's weights, side by side where an expert has several."""
     width = sum(part.num_outputs for part in weights[0])
     values_RK = rows_RK.values_TK if isinstance(rows_RK, Int8Rows) else rows_RK
-    out = values_RK.new_empty(values_RK.shape[0], width)
+    out = values_RK.new_empty(values_RK.shape[0], width, dtype=dtype)
     first = 0
     for expert_index, count in enumerate(counts):
         if count == 0:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ascend_v4.errors import ContractError
-from ascend_v4.operators.contract import BITWISE, FLOAT32, FLOATS, Spec, operator
+from ascend_v4.operators.contract import BITWISE, FLOAT32, FLOATS, Spec, Where, operator
 
 FP8_MAX = 448.0
 FP4_MAX = 6.0
@@ -152,7 +152,7 @@ def _grouped(values: Tensor, group: int) -> tuple[Tensor, int]:
     return padded.reshape(*padded.shape[:-1], padded.shape[-1] // group, group), width
 
 
-@operator(source="kernel.py act_quant; reference/model.md 2.1 and 2.4", tolerance=BITWISE)
+@operator(source="kernel.py act_quant; reference/model.md 2.1 and 2.4", tolerance=BITWISE, where=Where.PART)
 def fake_quantize_fp8(
     values: Annotated[Tensor, Spec("T K", FLOATS)], *, group: int
 ) -> Annotated[Tensor, Spec("T K", FLOATS)]:
@@ -168,7 +168,7 @@ def fake_quantize_fp8(
     return (codes.float() * scale).flatten(-2)[..., :width].to(values.dtype)
 
 
-@operator(source="kernel.py fp4_act_quant; reference/model.md 2.6", tolerance=BITWISE)
+@operator(source="kernel.py fp4_act_quant; reference/model.md 2.6", tolerance=BITWISE, where=Where.PART)
 def fake_quantize_fp4(
     values: Annotated[Tensor, Spec("T K", FLOATS)], *, group: int
 ) -> Annotated[Tensor, Spec("T K", FLOATS)]:
@@ -189,7 +189,7 @@ def round_to_e2m1(values: Tensor) -> Tensor:
     return torch.round(values / step) * step
 
 
-@operator(source="reference/model.md 3: FP8 blocks of 128x128", tolerance=BITWISE)
+@operator(source="reference/model.md 3: FP8 blocks of 128x128", tolerance=BITWISE, where=Where.PART)
 def dequantize_fp8_block(
     codes: Annotated[Tensor, Spec("N K", (torch.float8_e4m3fn,))], scale: Tensor
 ) -> Annotated[Tensor, Spec("N K", FLOAT32)]:
@@ -203,7 +203,7 @@ def dequantize_fp8_block(
     return values
 
 
-@operator(source="reference/model.md 3: FP4 packing", tolerance=BITWISE)
+@operator(source="reference/model.md 3: FP4 packing", tolerance=BITWISE, where=Where.PART)
 def dequantize_fp4_group(
     codes: Annotated[Tensor, Spec("N J", (torch.int8,))], scale: Tensor
 ) -> Annotated[Tensor, Spec("N K", FLOAT32)]:
@@ -246,7 +246,7 @@ def hadamard_matrix(width: int, *, device: torch.device | None = None) -> Tensor
     return torch.mul(matrix, width**-0.5)
 
 
-@operator(source="ascend-operators.md 4.1 and 19.4: npu_dynamic_quant", tolerance=BITWISE)
+@operator(source="ascend-operators.md 4.1 and 19.4: npu_dynamic_quant", tolerance=BITWISE, where=Where.PART)
 def quantize_int8_token(values: Annotated[Tensor, Spec("T K", FLOATS)]) -> tuple[Tensor, Tensor]:
     """Int8 codes [T, K] and float32 scales [T] of rows: scale is amax / 127, codes round to nearest even.
 
@@ -260,7 +260,11 @@ def quantize_int8_token(values: Annotated[Tensor, Spec("T K", FLOATS)]) -> tuple
     return codes.to(torch.int8), scale.squeeze(-1)
 
 
-@operator(source="OCP microscaling 1.0; ascend-operators.md 4.2: npu_dynamic_mx_quant", tolerance=BITWISE)
+@operator(
+    source="OCP microscaling 1.0; ascend-operators.md 4.2: npu_dynamic_mx_quant",
+    tolerance=BITWISE,
+    where=Where.PART,
+)
 def fake_quantize_mxfp8(
     values: Annotated[Tensor, Spec("T K", FLOATS)],
 ) -> Annotated[Tensor, Spec("T K", FLOATS)]:
@@ -277,17 +281,21 @@ def fake_quantize_mxfp8(
     return (codes.float() * scale).flatten(-2)[..., :width].to(values.dtype)
 
 
-@operator(source="reference/model.md 2.6; ascend-operators.md 8", tolerance=BITWISE)
+@operator(source="reference/model.md 2.6; ascend-operators.md 8", tolerance=BITWISE, where=Where.PART)
 def quantize_index(
     values: Annotated[Tensor, Spec("T K", FLOATS)], *, format: IndexFormat
 ) -> Annotated[Tensor, Spec("T K", FLOATS)]:
     """Indexer queries (heads as rows) or keys as the scores will see them. PLAIN returns the input.
 
-    INT8 and FP8 give float32, which holds a code times its scale; the others keep the dtype.
+    INT8 and FP8 give float32, which holds a code times its scale; the others keep the dtype. For these two
+    the rotation's matrix has the dtype of the values, as on the chips, where no operator rotates better.
     """
     if format is IndexFormat.PLAIN:
         return values
-    rotated = (values.float() @ hadamard_matrix(values.shape[-1], device=values.device)).to(values.dtype)
+    matrix = hadamard_matrix(values.shape[-1], device=values.device)
+    if format in (IndexFormat.INT8, IndexFormat.FP8):
+        matrix = matrix.to(values.dtype).float()
+    rotated = (values.float() @ matrix).to(values.dtype)
     if format is IndexFormat.INT8:
         codes, scale = quantize_int8_token.reference(rotated)
         return codes.float() * scale.clamp_max(LARGEST_FLOAT16).half().float().unsqueeze(-1)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ascend_v4.operators.contract import FLOATS, Spec, Tolerance, operator
+from ascend_v4.operators.contracts.batch import Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +24,8 @@ class RopeFrequencies:
 
 
 @dataclass(frozen=True, slots=True)
-class RopeRows:
-    """Rotations of T positions, complex64 [T, 1, R/2]."""
+class RopeRows(Plan):
+    """Rotations of T positions, complex64 [T, 1, R/2]. Other implementations bring a plan of their own."""
 
     forward: Tensor
     inverse: Tensor
@@ -72,8 +73,9 @@ def plan_rope(positions_T: Tensor, frequencies: RopeFrequencies) -> RopeRows:
     mutates=("x_THD",),
     plan=plan_rope,
 )
-def rotate(x_THD: Annotated[Tensor, Spec("T H D", FLOATS)], rows: RopeRows, *, inverse: bool = False) -> None:
+def rotate(x_THD: Annotated[Tensor, Spec("T H D", FLOATS)], rows: Plan, *, inverse: bool = False) -> None:
     """Rotates the last R channels of x in place: pair (2i, 2i+1) by its token's angle, or back by it."""
+    assert isinstance(rows, RopeRows), type(rows)
     turn = rows.inverse if inverse else rows.forward
     tail = x_THD[..., x_THD.shape[-1] - 2 * turn.shape[-1] :]
     # always a copy: complex views want even offsets, which a slice may not have

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ascend_v4.errors import CheckpointError, ContractError
-from ascend_v4.operators.contract import BITWISE, FLOAT32, Spec, operator
+from ascend_v4.operators.contract import BITWISE, FLOAT32, Spec, Where, operator
 from ascend_v4.operators.contracts.quantize import FP4_GROUP, WEIGHT_BLOCK
 
 INT8_MAX, INT4_MAX = 127, 7
@@ -36,9 +36,9 @@ MAX_INPUTS = 65_504
 DOUBLED_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12)
 E2M1_BIAS = 128
 """A doubled E2M1 number times 2^(scale byte - 128) is the weight."""
-ERROR_UNIT, NORM_UNIT = 2.0**-17, 2.0**-2
-"""Squared errors and squares of numbers over the scale of a row that is not FP4 are rounded to multiples of
-these before they are summed: whole numbers of 16 bits, whose sum does not depend on the order."""
+STATS_UNIT = 2.0**-12
+"""Numbers over the scale of a row that is not FP4 are rounded to multiples of this before their squares and
+those of their errors are summed: whole numbers below 2^55, whose sum does not depend on the order."""
 SHIFT_FLOOR = -100
 """Blocks this many powers of two below the row's largest round to zero whatever lies in them."""
 SMALLEST_SCALE = 2.0**-126
@@ -94,7 +94,12 @@ class RowStats:
         )
 
 
-@operator(source="issue B 2; reference/model.md 3, 4.1", tolerance=BITWISE, mutates=("out_NK", "out_scale_N"))
+@operator(
+    source="issue B 2; reference/model.md 3, 4.1",
+    tolerance=BITWISE,
+    mutates=("out_NK", "out_scale_N"),
+    where=Where.HOST,
+)
 def fp4_to_int8(
     codes_NJ: Annotated[Tensor, Spec("N J", INT8)],
     scale_NG: Annotated[Tensor, Spec("N G", E8M0)],
@@ -129,6 +134,7 @@ def fp4_to_int8(
     source="issue B 1; reference/model.md 4.1, 4.2; reference/ascend-operators.md 13.4",
     tolerance=BITWISE,
     mutates=("out_HK", "out_scale_N", "out_bias_NS"),
+    where=Where.HOST,
 )
 def fp4_to_int4(
     codes_NJ: Annotated[Tensor, Spec("N J", INT8)],
@@ -163,7 +169,12 @@ def fp4_to_int4(
     return rows.stats(chosen, absmax)
 
 
-@operator(source="issue B 1; reference/model.md 3, 4.2", tolerance=BITWISE, mutates=("out_NK", "out_scale_N"))
+@operator(
+    source="issue B 1; reference/model.md 3, 4.2",
+    tolerance=BITWISE,
+    mutates=("out_NK", "out_scale_N"),
+    where=Where.HOST,
+)
 def fp8_to_int8(
     codes_NK: Annotated[Tensor, Spec("N K", FP8)],
     scale_blocks: Annotated[Tensor, Spec("R C", E8M0)],
@@ -196,7 +207,7 @@ def fp8_to_int8(
     return _absmax_int8(values_NK, top, out_NK, out_scale_N)
 
 
-@operator(source="issue B 1", tolerance=BITWISE, mutates=("out_NK", "out_scale_N"))
+@operator(source="issue B 1", tolerance=BITWISE, mutates=("out_NK", "out_scale_N"), where=Where.HOST)
 def bf16_to_int8(
     weight_NK: Annotated[Tensor, Spec("N K", BF16)],
     out_NK: Annotated[Tensor, Spec("N K", INT8)],
@@ -449,15 +460,14 @@ def _absmax_int8(values_NK: Tensor, exponent: Tensor, out_NK: Tensor, out_scale_
     out_scale_N.copy_(stored.squeeze(1))
     changed = (codes.double() * kept.double() != values_NK.double()).sum(1)
     unit = stored.double().squeeze(1).square()
-    left = quotient - codes
-    error = _fixed_sums(left * left, ERROR_UNIT) * unit
-    norm = _fixed_sums(quotient * quotient, NORM_UNIT) * unit
+    error = _fixed_squares(quotient - codes) * unit
+    norm = _fixed_squares(quotient) * unit
     return row_stats(changed, error, norm, error)
 
 
-def _fixed_sums(terms_NK: Tensor, resolution: float) -> Tensor:
-    """Sum per row of terms rounded to whole multiples of `resolution`, float64."""
-    return torch.round(terms_NK / resolution).sum(1, dtype=torch.float64) * resolution
+def _fixed_squares(numbers_NK: Tensor) -> Tensor:
+    """Sum per row of the squares of numbers rounded to whole multiples of the unit, float64."""
+    return torch.round(numbers_NK / STATS_UNIT).long().square().sum(1).double() * STATS_UNIT**2
 
 
 def _block_maxima(codes_NK: Tensor) -> Tensor:

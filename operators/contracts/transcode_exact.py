@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ascend_v4.errors import CheckpointError, ContractError
-from ascend_v4.operators.contract import BITWISE, FLOAT32, INT64, Spec, operator
+from ascend_v4.operators.contract import BITWISE, FLOAT32, INT64, Spec, Where, operator
 from ascend_v4.operators.contracts.quantize import FP4_GROUP, WEIGHT_BLOCK
 from ascend_v4.operators.contracts.transcode import (
     BF16,
@@ -48,7 +48,7 @@ LARGEST_BF16_SCALE = 252
 """Scale byte up to which every FP4 number is a bfloat16 number."""
 
 
-@operator(source="issue B 1; reference/model.md 3", tolerance=BITWISE, mutates=("out_NK",))
+@operator(source="issue B 1; reference/model.md 3", tolerance=BITWISE, mutates=("out_NK",), where=Where.HOST)
 def fp4_to_bf16(
     codes_NJ: Annotated[Tensor, Spec("N J", INT8)],
     scale_NG: Annotated[Tensor, Spec("N G", E8M0)],
@@ -64,7 +64,7 @@ def fp4_to_bf16(
     _store_bf16(real, out_NK)
 
 
-@operator(source="issue B 1; reference/model.md 3", tolerance=BITWISE, mutates=("out_NK",))
+@operator(source="issue B 1; reference/model.md 3", tolerance=BITWISE, mutates=("out_NK",), where=Where.HOST)
 def fp8_to_bf16(
     codes_NK: Annotated[Tensor, Spec("N K", FP8)],
     scale_blocks: Annotated[Tensor, Spec("R C", E8M0)],
@@ -80,7 +80,12 @@ def fp8_to_bf16(
     _store_bf16(real, out_NK)
 
 
-@operator(source="issue B 1: the block scale repeated per 32 inputs", tolerance=BITWISE, mutates=("out_NG",))
+@operator(
+    source="issue B 1: the block scale repeated per 32 inputs",
+    tolerance=BITWISE,
+    mutates=("out_NG",),
+    where=Where.HOST,
+)
 def fp8_scale_to_mx(
     scale_blocks: Annotated[Tensor, Spec("R C", E8M0)],
     out_NG: Annotated[Tensor, Spec("N G", BYTES)],
@@ -107,7 +112,7 @@ def fp8_scale_to_mx(
     out_NG.copy_(wide[rows])
 
 
-@operator(source="issue B 1: release from mx", tolerance=BITWISE, mutates=("out_blocks",))
+@operator(source="issue B 1: release from mx", tolerance=BITWISE, mutates=("out_blocks",), where=Where.HOST)
 def mx_scale_to_fp8(
     scale_NG: Annotated[Tensor, Spec("N G", E8M0)],
     out_blocks: Annotated[Tensor, Spec("R C", BYTES)],
@@ -135,7 +140,9 @@ def mx_scale_to_fp8(
         )
 
 
-@operator(source="issue B 1: a bitmap of negative zeros", tolerance=BITWISE, mutates=("out_NB",))
+@operator(
+    source="issue B 1: a bitmap of negative zeros", tolerance=BITWISE, mutates=("out_NB",), where=Where.HOST
+)
 def negative_zeros(
     codes_NJ: Annotated[Tensor, Spec("N J", INT8)], out_NB: Annotated[Tensor, Spec("N B", BYTES)]
 ) -> Annotated[Tensor, Spec("1", INT64)]:
@@ -151,7 +158,12 @@ def negative_zeros(
     return marked.sum().view(1)
 
 
-@operator(source="issue B 1: release from a reversible pack", tolerance=BITWISE, mutates=("out_NJ",))
+@operator(
+    source="issue B 1: release from a reversible pack",
+    tolerance=BITWISE,
+    mutates=("out_NJ",),
+    where=Where.HOST,
+)
 def int8_to_fp4(
     codes_NK: Annotated[Tensor, Spec("N K", INT8)],
     scale_N: Annotated[Tensor, Spec("N", FLOAT32)],
@@ -188,7 +200,9 @@ def int8_to_fp4(
     return row_stats((difference != 0).sum(1), error, norm, torch.zeros_like(error))
 
 
-@operator(source="issue B 1: release from a bf16 pack", tolerance=BITWISE, mutates=("out_NJ",))
+@operator(
+    source="issue B 1: release from a bf16 pack", tolerance=BITWISE, mutates=("out_NJ",), where=Where.HOST
+)
 def bf16_to_fp4(
     weight_NK: Annotated[Tensor, Spec("N K", REAL)],
     scale_NG: Annotated[Tensor, Spec("N G", E8M0)],
@@ -209,7 +223,9 @@ def bf16_to_fp4(
     out_NJ.copy_((nibble[:, 0::2] | (nibble[:, 1::2] << 4)).to(torch.uint8).view(torch.int8))
 
 
-@operator(source="issue B 1: release from a bf16 pack", tolerance=BITWISE, mutates=("out_NK",))
+@operator(
+    source="issue B 1: release from a bf16 pack", tolerance=BITWISE, mutates=("out_NK",), where=Where.HOST
+)
 def bf16_to_fp8(
     weight_NK: Annotated[Tensor, Spec("N K", REAL)],
     scale_blocks: Annotated[Tensor, Spec("R C", E8M0)],
@@ -229,7 +245,10 @@ def bf16_to_fp8(
 
 
 @operator(
-    source="kernel.py: smallest power of two under which all fits", tolerance=BITWISE, mutates=("out_NG",)
+    source="kernel.py: smallest power of two under which all fits",
+    tolerance=BITWISE,
+    mutates=("out_NG",),
+    where=Where.HOST,
 )
 def derive_fp4_scale(
     weight_NK: Annotated[Tensor, Spec("N K", REAL)],
@@ -251,7 +270,10 @@ def derive_fp4_scale(
 
 
 @operator(
-    source="kernel.py: smallest power of two under which all fits", tolerance=BITWISE, mutates=("out_blocks",)
+    source="kernel.py: smallest power of two under which all fits",
+    tolerance=BITWISE,
+    mutates=("out_blocks",),
+    where=Where.HOST,
 )
 def derive_fp8_scale(
     weight_NK: Annotated[Tensor, Spec("N K", REAL)],

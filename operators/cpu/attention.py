@@ -63,6 +63,9 @@ def plan_cpu_attention(
     window_page_tokens: int,
     compressed_table: Tensor | None,
     entries_per_page: int,
+    num_heads: int,
+    head_dim: int,
+    topk: int,
 ) -> CpuAttentionPlan:
     """Gathered tiles when every sequence brings few tokens, shared tiles otherwise."""
     entries = None if compressed_table is None else (compressed_table, entries_per_page, ratio)
@@ -159,6 +162,7 @@ def sparse_attention_tiled(
     ratio: int,
     window_tokens: int,
     scale: float,
+    sink_in_peak: bool,
 ) -> Tensor:
     """Tile by tile; selected entries are gathered, or masked in where most are selected anyway."""
     assert isinstance(plan, CpuAttentionPlan), type(plan)
@@ -179,7 +183,16 @@ def sparse_attention_tiled(
                 kv[1].index_fill_(0, tile.blind, 0.0)
             bias.append((rows.shape[-1], entry_bias))
         joined = kv[0] if len(kv) == 1 else torch.cat(kv, dim=-2)
-        parts.append(_attend(q, joined.float(), _joined_bias(bias, len(q)), sinks_H, scale=scale))
+        parts.append(
+            _attend(
+                q,
+                joined.float(),
+                _joined_bias(bias, len(q)),
+                sinks_H,
+                scale=scale,
+                sink_in_peak=sink_in_peak,
+            )
+        )
     return parts[0] if len(parts) == 1 else torch.cat([q_THD[:0], *parts])
 
 
@@ -214,18 +227,30 @@ def _joined_bias(parts: list[tuple[int, Tensor | None]], tokens: int) -> Tensor 
     return filled[0] if len(filled) == 1 else torch.cat(filled, dim=1)
 
 
-def _attend(q_THD: Tensor, kv: Tensor, bias_TN: Tensor | None, sinks_H: Tensor, *, scale: float) -> Tensor:
+def _attend(
+    q_THD: Tensor,
+    kv: Tensor,
+    bias_TN: Tensor | None,
+    sinks_H: Tensor,
+    *,
+    scale: float,
+    sink_in_peak: bool,
+) -> Tensor:
     """kv is [N, D] for all tokens or [T, N, D]; float32 scores, one rounding of the result."""
     tokens, heads, _ = q_THD.shape
-    query = q_THD.float() * scale
+    query = q_THD.float()
     shared = kv.dim() == 2
     if shared:
         scores = torch.mm(query.flatten(0, 1), kv.t()).view(tokens, heads, -1)
     else:
         scores = torch.bmm(query, kv.transpose(1, 2))
+    # a scaled query would be rounded, and probabilities near a tie then round the other way
+    scores *= scale
     if bias_TN is not None:
         scores += bias_TN.unsqueeze(1)
     peak = scores.amax(-1, keepdim=True)
+    if sink_in_peak:
+        peak = torch.maximum(peak, sinks_H[:, None])
     weights = scores.sub_(peak).exp_()
     total = weights.sum(-1, keepdim=True) + torch.exp(sinks_H[:, None] - peak)
     if q_THD.dtype is not torch.float32:

@@ -21,7 +21,14 @@ class CpuIndexPlan(Plan):
 
 
 def plan_cpu_index(
-    batch: TokenBatch, *, ratio: int, topk: int, key_table: Tensor, keys_per_page: int
+    batch: TokenBatch,
+    *,
+    ratio: int,
+    topk: int,
+    key_table: Tensor,
+    keys_per_page: int,
+    num_heads: int,
+    head_dim: int,
 ) -> CpuIndexPlan:
     """Compares the longest sequence's entries with topk."""
     if max(batch.ends, default=0) // ratio <= topk:

@@ -36,8 +36,8 @@ def rms_norm_native(x_TD: Tensor, weight_D: Tensor, *, eps: float) -> Tensor:
 
 
 @implements(head_rms_norm, backend="cpu", provider="native", unusable=cpu_unusable, needs=NEEDS)
-def head_rms_norm_native(q_THD: Tensor, *, eps: float) -> Tensor:
+def head_rms_norm_native(q_THD: Tensor, *, eps: float, rounded_once: bool) -> Tensor:
     """Few float32 heads natively; bfloat16, which rounds at every step, as the reference."""
     if _suits(q_THD):
         return _native(q_THD, None, eps)
-    return head_rms_norm.reference(q_THD, eps=eps)
+    return head_rms_norm.reference(q_THD, eps=eps, rounded_once=rounded_once)

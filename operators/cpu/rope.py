@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from ascend_v4.operators.contract import implements
+from ascend_v4.operators.contracts.batch import Plan
 from ascend_v4.operators.contracts.rope import RopeRows, rotate
 
 
 @implements(rotate, backend="cpu", provider="torch")
-def rotate_in_place(x_THD: Tensor, rows: RopeRows, *, inverse: bool = False) -> None:
+def rotate_in_place(x_THD: Tensor, rows: Plan, *, inverse: bool = False) -> None:
     """One complex product on a view of the rotated channels; other dtypes go through float32."""
+    assert isinstance(rows, RopeRows), type(rows)
     turn = rows.inverse if inverse else rows.forward
     tail = x_THD[..., x_THD.shape[-1] - 2 * turn.shape[-1] :]
     pairs = tail.view(*tail.shape[:-1], turn.shape[-1], 2)

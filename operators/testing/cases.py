@@ -2,9 +2,11 @@
 
     from ascend_v4.operators.testing.cases import all_cases
     for case in all_cases("cpu"):
-        case.require_correct()
+        if case.left_out is None:
+            case.require_correct()
 
-needs no test framework.
+needs no test framework. `left_out` says why an implementation is not asked some inputs: they are outside its
+limits, or in a format of another chip.
 """
 
 from __future__ import annotations
@@ -16,13 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ascend_v4.device.target import CPU as CPU_TARGET
+from ascend_v4.device.target import Target
 from ascend_v4.operators.contract import CATALOG, Implementation, Operator, Tolerance
+from ascend_v4.operators.contracts.indexer import select_entries
 from ascend_v4.operators.select import REFERENCE, load_backend
-from ascend_v4.operators.testing import dense, paged
+from ascend_v4.operators.testing import blocks, dense, paged
 from ascend_v4.operators.testing.close import Snapshot, require_close, require_finite
 from ascend_v4.operators.testing.draw import Draw, Layout
+from ascend_v4.operators.testing.fits import reason_left_out
 from ascend_v4.operators.testing.poison import poisoned_memory
-from ascend_v4.operators.testing.recipe import Inputs, Recipe
+from ascend_v4.operators.testing.recipe import BOTH, Inputs, Recipe
+from ascend_v4.operators.testing.selection import require_good_choice
+from ascend_v4.operators.testing.stored import StoredCaches, read_back, store
 
 CPU = torch.device("cpu")
 
@@ -35,10 +43,43 @@ class Run:
     inputs: Inputs
     arguments: Mapping[str, Any]
     before: Snapshot
+    caches: StoredCaches
+    numbers_before: Mapping[str, Tensor]
+    """Of written caches whose rows do not lie one after the other."""
+    reserved_rows: int
+    """Rows of the reserved page, which the target may write to: nobody reads them."""
+
+    def written(self, name: str, rows: Tensor | None) -> Tensor:
+        """Some rows of an argument written in place, or all of it; stored caches as numbers."""
+        value: Tensor = self.arguments[name]
+        if name in self.caches.storages and not self.inputs.far:
+            value = self.caches.numbers(name)
+        return value if rows is None else value.view(-1, value.shape[-1])[rows.to(value.device)]
 
     def require_inputs_untouched(self) -> None:
         """Raises AssertionError where memory changed that the contract does not let the call write."""
-        self.before.require_untouched(written_rows=self.inputs.written_rows)
+        rows = {name: self._may_change(wanted) for name, wanted in self.inputs.written_rows.items()}
+        self.before.require_untouched(
+            written_rows={name: None if name in self.numbers_before else rows[name] for name in rows}
+        )
+        for name, before in self.numbers_before.items():
+            now = self.caches.numbers(name)
+            kept = torch.ones(now.shape[0] * now.shape[1], dtype=torch.bool, device=now.device)
+            changed = rows[name]
+            if changed is not None:
+                kept[changed.to(now.device)] = False
+            pair = (each.reshape(-1, now.shape[-1])[kept] for each in (now, before))
+            same = torch.equal(*(each.nan_to_num(nan=NO_NUMBER) for each in pair))
+            assert same, f"{name} changed outside of what the call may write"
+
+    def _may_change(self, rows: Tensor | None) -> Tensor | None:
+        if rows is None or not self.reserved_rows:
+            return rows
+        return torch.cat((torch.arange(self.reserved_rows), rows.cpu()))
+
+
+NO_NUMBER = 3.0e38
+"""Stands for NaN where memory is compared by its numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +94,13 @@ class Case:
     device: torch.device
     copy: bool
     """How weights are prepared, where the operator has any."""
+    target: Target = CPU_TARGET
 
     def __str__(self) -> str:
         chosen = self.implementation
         who = REFERENCE if chosen is None else f"{chosen.backend}.{chosen.provider}"
-        return f"{self.operator.name}-{who}-{self._inputs_name}"
+        where = "" if self.target.chip is None else f"-{self.target.chip.value}"
+        return f"{self.operator.name}-{who}{where}-{self._inputs_name}"
 
     @property
     def _inputs_name(self) -> str:
@@ -75,6 +118,12 @@ class Case:
         return None if self.implementation is None else self.implementation.unusable()
 
     @property
+    def left_out(self) -> str | None:
+        """Why the implementation is not asked these inputs, or None; draws them to find out."""
+        inputs = self.recipe.build(self._draw(CPU, Layout.PACKED, poisoned=False))
+        return reason_left_out(inputs, self.implementation, self.target)
+
+    @property
     def tolerance(self) -> Tolerance:
         """The implementation's own, or the contract's."""
         return self.operator.tolerance if self.implementation is None else self.implementation.tolerance
@@ -89,38 +138,43 @@ class Case:
         """The implementation over poison, in the recipe's layout. To be run first: memory that the reference
         freed holds the answer.
         """
-        draw = self._draw(self.device, self.recipe.layout, poisoned=True)
-        chosen = self.implementation
-        if chosen is None:
-            return _run(self.recipe.build(draw), self.operator, self.operator, copy=self.copy)
-        return _run(self.recipe.build(draw), self.operator, chosen, copy=self.copy)
+        inputs = self.recipe.build(self._draw(self.device, self.recipe.layout, poisoned=True))
+        chosen = self.implementation or self.operator
+        caches = store(inputs, self.target, chosen, dtype=self.dtype)
+        is_npu = self.target.backend == "npu"
+        return _run(inputs, self.operator, chosen, caches, copy=self.copy, may_write_reserved=is_npu)
 
     def run_reference_on_cpu(self) -> Run:
         """The reference over the same values, packed, with zeros wherever the implementation had poison."""
-        draw = self._draw(CPU, Layout.PACKED, poisoned=False)
-        return _run(self.recipe.build(draw), self.operator, self.operator, copy=None)
+        inputs = self.recipe.build(self._draw(CPU, Layout.PACKED, poisoned=False))
+        stored = store(inputs, self.target, self.implementation or self.operator, dtype=self.dtype)
+        caches = read_back(inputs, stored, dtype=self.dtype)
+        return _run(inputs, self.operator, self.operator, caches, copy=None, may_write_reserved=False)
 
     def require_agreement(self, got: Run, want: Run) -> None:
         """Outputs and rows written in place, within tolerance."""
         if got.outputs is None and isinstance(want.outputs, Tensor):
             _require_all_selected(want.arguments)
+        elif self.operator.name == select_entries.name and self.tolerance is not self.operator.tolerance:
+            assert isinstance(got.outputs, Tensor), f"an output is a {type(got.outputs).__name__}"
+            require_good_choice(got.outputs, want.arguments, self.tolerance)
         elif want.outputs is not None:
-            pairs = zip(_several(got.outputs), _several(want.outputs), strict=True)
-            for index, (mine, theirs) in enumerate(pairs):
-                self._require_close(mine, theirs, label=f"output {index}")
+            theirs = _several(want.outputs)
+            is_mixed = len({each.dtype for each in theirs}) > 1
+            for index, (mine, each) in enumerate(zip(_several(got.outputs), theirs, strict=True)):
+                self._require_close(mine, each, label=f"output {index}", is_mixed=is_mixed)
         for name, rows in want.inputs.written_rows.items():
-            mine, theirs = got.arguments[name], want.arguments[name]
-            if rows is not None:
-                mine = mine.view(-1, mine.shape[-1])[rows.to(mine.device)]
-                theirs = theirs.view(-1, theirs.shape[-1])[rows]
-            self._require_close(mine, theirs, label=name)
+            self._require_close(got.written(name, rows), want.written(name, rows), label=name)
 
-    def _require_close(self, got: Tensor, want: Tensor, *, label: str) -> None:
+    def _require_close(self, got: Tensor, want: Tensor, *, label: str, is_mixed: bool = False) -> None:
+        """Of outputs of several dtypes, an implementation's own tolerance speaks of the float32 ones."""
         require_finite(want, label=label)
+        is_contracts = is_mixed and want.dtype is not torch.float32
+        tolerance = self.operator.tolerance if is_contracts else self.tolerance
         low = self.operator.name in ROUNDED_INSIDE and want.dtype is torch.float32
         if low and got.dtype is want.dtype:
             got, want = got.to(self.dtype), want.to(self.dtype)
-        require_close(got, want, self.tolerance, contract=self.operator.tolerance, label=label)
+        require_close(got, want, tolerance, contract=self.operator.tolerance, label=label)
 
     def _draw(self, device: torch.device, layout: Layout, *, poisoned: bool) -> Draw:
         name = f"{self.operator.name}-{self._inputs_name}"
@@ -132,44 +186,65 @@ ROUNDED_INSIDE = frozenset({"routed_experts"})
 
 
 def all_cases(
-    backend: str, *, device: torch.device = CPU, operators: tuple[str, ...] | None = None
+    target: Target | str, *, device: torch.device | None = None, operators: tuple[str, ...] | None = None
 ) -> list[Case]:
-    """Every case of a backend's implementations and of the references on its device; `operators` names some.
+    """Every case of the implementations that a target has the packages for; `operators` names some.
 
-    Operators that only `repack` calls have no recipes here. Raises ConfigError for an unknown backend.
+    target may be a device's name. On cpu and cuda the references are among them; npu and sim compute in
+    bfloat16 only, and weights lie in one way there. Operators that only `repack` calls have no recipes here.
+    Raises ConfigError for an unknown backend.
     """
-    load_backend(backend)
+    target = Target(device=target) if isinstance(target, str) else target
+    where = torch.device(target.torch_device) if device is None else device
+    load_backend(target.backend)
     recipes = all_recipes()
     return [
-        Case(declared, implementation, recipe, dtype, device, copy)
+        Case(declared, implementation, recipe, dtype, where, copy, target)
         for name, declared in CATALOG.items()
         if operators is None or name in operators
-        for implementation in _implementations(declared, backend)
+        for implementation in _implementations(declared, target)
         for recipe in recipes.get(name, ())
-        for dtype in recipe.dtypes
-        for copy in recipe.copies
+        for dtype in _dtypes(recipe, target)
+        for copy in (recipe.copies if target.chip is None else (True,))
     ]
+
+
+def _dtypes(recipe: Recipe, target: Target) -> tuple[torch.dtype, ...]:
+    return recipe.dtypes if target.chip is None or recipe.dtypes != BOTH else (torch.bfloat16,)
 
 
 def all_recipes() -> dict[str, list[Recipe]]:
     """Recipes of every operator, by name."""
-    return {**dense.recipes(), **paged.recipes()}
+    return {**dense.recipes(), **blocks.recipes(), **paged.recipes()}
 
 
-def _implementations(declared: Operator[..., Any], backend: str) -> list[Implementation[..., Any] | None]:
-    return [*(each for each in declared.implementations if each.backend == backend), None]
+def _implementations(declared: Operator[..., Any], target: Target) -> list[Implementation[..., Any] | None]:
+    own = [
+        each
+        for each in declared.implementations
+        if each.backend == target.backend and each.needs.unmet(target) is None
+    ]
+    return [*own, None] if target.chip is None else [*own]
 
 
 def _run(
     inputs: Inputs,
     declared: Operator[..., Any],
     chosen: Operator[..., Any] | Implementation[..., Any],
+    caches: StoredCaches,
     *,
     copy: bool | None,
+    may_write_reserved: bool,
 ) -> Run:
     """Plans, prepares and calls. `copy` None leaves weights as the file has them."""
-    arguments = dict(inputs.arguments)
-    before = Snapshot.of(arguments)
+    arguments = {**inputs.arguments, **caches.arguments}
+    far = {*inputs.caches, *inputs.written_rows} if inputs.far else set()
+    before = Snapshot.of({name: value for name, value in arguments.items() if name not in far})
+    numbers_before = {
+        name: caches.numbers(name)
+        for name in inputs.written_rows
+        if name in caches.storages and not caches.is_rows(name)
+    }
     call: Callable[..., Any] = chosen.reference if isinstance(chosen, Operator) else chosen.call
     with poisoned_memory():
         if inputs.planned is not None:
@@ -180,7 +255,9 @@ def _run(
             arguments[inputs.prepared] = chosen.prepare(arguments[inputs.prepared], copy=copy)
         declared.check(**arguments)
         outputs = call(**arguments)
-    return Run(outputs, inputs, arguments, before)
+    first_cache = next(iter(caches.arguments.values()), None)
+    reserved = first_cache.shape[1] if may_write_reserved and first_cache is not None else 0
+    return Run(outputs, inputs, arguments, before, caches, numbers_before, reserved)
 
 
 def _several(outputs: object) -> tuple[Tensor, ...]:

@@ -1,34 +1,33 @@
-"""Recipes of the operators without caches: number formats, linear layers, norms, rotation, experts,
-hyper-connections.
+"""Recipes of the simple operators without caches: number formats, linear layers, norms, rotation, embedding.
 
 The largest sizes are those of the released models: T tokens of a prefill, the widths of Pro.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from ascend_v4.operators.contracts.moe import ExpertWeights
-from ascend_v4.operators.contracts.quantize import (
-    ActivationFormat,
-    IndexFormat,
-    StoredWeight,
-)
+from ascend_v4.operators.contracts.quantize import ActivationFormat, IndexFormat
 from ascend_v4.operators.contracts.rope import rope_frequencies
 from ascend_v4.operators.testing.draw import Draw
-from ascend_v4.operators.testing.recipe import FLOAT32_ONLY, Inputs, Planned, Recipe, sized
+from ascend_v4.operators.testing.recipe import (
+    FLOAT32_ONLY,
+    ROW_COUNTS,
+    Inputs,
+    Planned,
+    Recipe,
+    rows_and,
+    sized,
+    vendor_sized,
+)
+from ascend_v4.operators.testing.weights import activation_of, weight_of
 
 EPS = 1e-6
+SMALL_BESIDE_EPS = {"scale": 1e-3, "eps": 1e-5}
+"""Numbers whose mean square is below an eps that is no kernel's default."""
 KEEP_OR_COPY = (True, False)
-ROW_COUNTS = {
-    "zero": {"rows": 0},
-    "one": {"rows": 1},
-    "few": {"rows": 2},
-    "odd": {"rows": 5},
-    "many": {"rows": 37},
-}
+CHIP_FORMATS = {"int8": 128, "int4": 128, "mxfp8": 128, "fp8+mxfp8": 130, "fp4+mxfp8": 64, "bf16": 96}
+"""Weights as packs have them for the chips (activation after the plus), and how many outputs each gets."""
 
 
 def recipes() -> dict[str, list[Recipe]]:
@@ -37,13 +36,8 @@ def recipes() -> dict[str, list[Recipe]]:
         **_number_formats(),
         **_linear_layers(),
         **_norms_and_rotation(),
-        **_experts(),
-        **_hyper_connections(),
+        **_embedding(),
     }
-
-
-def _rows_and(**fixed: object) -> dict[str, dict[str, Any]]:
-    return {name: {**counts, **fixed} for name, counts in ROW_COUNTS.items()}
 
 
 def _number_formats() -> dict[str, list[Recipe]]:
@@ -78,7 +72,7 @@ def _number_formats() -> dict[str, list[Recipe]]:
         "fake_quantize_fp8": sized(
             values,
             {
-                **_rows_and(width=200, group=128),
+                **rows_and(width=200, group=128),
                 **{name: {**size, "group": 64} for name, size in edges.items()},
             },
             largest={**largest, "group": 128},
@@ -86,19 +80,19 @@ def _number_formats() -> dict[str, list[Recipe]]:
         "fake_quantize_fp4": sized(
             values,
             {
-                **_rows_and(width=80, group=32),
+                **rows_and(width=80, group=32),
                 **{name: {**size, "group": 32} for name, size in edges.items()},
             },
             largest={**largest, "group": 32},
         ),
         "quantize_int8_token": sized(
-            rows_alone, {**_rows_and(width=200), **edges, "edge-1": {"rows": 3, "width": 1}}, largest=largest
+            rows_alone, {**rows_and(width=200), **edges, "edge-1": {"rows": 3, "width": 1}}, largest=largest
         ),
-        "fake_quantize_mxfp8": sized(rows_alone, {**_rows_and(width=80), **edges}, largest=largest),
+        "fake_quantize_mxfp8": sized(rows_alone, {**rows_and(width=80), **edges}, largest=largest),
         "quantize_index": sized(
             index_values,
             {
-                **_rows_and(width=64, **fp4_format),
+                **rows_and(width=64, **fp4_format),
                 "edge-plain": {"rows": 3, "width": 64, **plain},
                 "edge-256": {"rows": 3, "width": 256, **fp4_format},
                 "edge-int8": {"rows": 3, "width": 64, "format": IndexFormat.INT8},
@@ -107,54 +101,40 @@ def _number_formats() -> dict[str, list[Recipe]]:
             largest={"rows": 64 * 4096, "width": 64, **fp4_format},
         ),
         "dequantize_fp8_block": sized(
-            fp8, {**_rows_and(width=200), **blocks}, largest=largest, dtypes=FLOAT32_ONLY
+            fp8, {**rows_and(width=200), **blocks}, largest=largest, dtypes=FLOAT32_ONLY
         ),
         "dequantize_fp4_group": sized(
-            fp4, {**_rows_and(width=64), **groups}, largest=largest, dtypes=FLOAT32_ONLY
+            fp4, {**rows_and(width=64), **groups}, largest=largest, dtypes=FLOAT32_ONLY
         ),
     }
 
 
-def _weight(draw: Draw, format: str, num_outputs: int, num_inputs: int) -> StoredWeight:
-    if format == "fp8":
-        return draw.fp8_weight(num_outputs, num_inputs)
-    if format == "fp4":
-        return draw.fp4_weight(num_outputs, num_inputs)
-    if format == "mxfp8":
-        return draw.mxfp8_weight(num_outputs, num_inputs)
-    if format in ("int8", "int4"):
-        return draw.integer_weight(num_outputs, num_inputs, bits=int(format[-1]))
-    return draw.plain_weight(
-        num_outputs, num_inputs, torch.float32 if format == "float32" else torch.bfloat16
-    )
+def _one_linear(draw: Draw, *, rows: int, inputs: int, outputs: int, format: str) -> Inputs:
+    weight = weight_of(draw, format, outputs, inputs)
+    arguments = {"x_TK": draw.uneven(rows, inputs), "weight": weight, "activation": activation_of(format)}
+    return Inputs(arguments=arguments, prepared="weight", sizes={"hidden": inputs})
 
 
-def _activation(format: str) -> ActivationFormat:
-    if format in ("int8", "int4"):
-        return ActivationFormat.INT8_TOKEN
-    if format == "mxfp8":
-        return ActivationFormat.MXFP8
-    return ActivationFormat.FP8_GROUP if format in ("fp8", "fp4") else ActivationFormat.NONE
+def _wide_linear(draw: Draw, *, rows: int, inputs: int, outputs: int, format: str) -> Inputs:
+    weight = weight_of(draw, format, outputs, inputs)
+    arguments = {"x_TK": draw.uneven(rows, inputs), "weight": weight}
+    return Inputs(arguments=arguments, prepared="weight", sizes={"hidden": inputs})
+
+
+def _grouped_linear(draw: Draw, *, rows: int, groups: int, inputs: int, outputs: int, format: str) -> Inputs:
+    weight = weight_of(draw, format, groups * outputs, inputs)
+    is_quantised = activation_of(format) is ActivationFormat.MXFP8
+    activation = ActivationFormat.MXFP8 if is_quantised else ActivationFormat.NONE
+    # sizes step along the inputs, so that a quantisation group of the wrong width shows
+    x_TGK = draw.uneven(rows, groups * inputs).view(rows, groups, inputs)
+    arguments = {"x_TGK": x_TGK, "weight": weight, "activation": activation}
+    model_sizes = {"o_group_inputs": inputs, "o_lora": outputs, "o_groups": groups}
+    return Inputs(arguments=arguments, prepared="weight", sizes=model_sizes)
 
 
 def _linear_layers() -> dict[str, list[Recipe]]:
-    def one(draw: Draw, *, rows: int, inputs: int, outputs: int, format: str) -> Inputs:
-        weight = _weight(draw, format, outputs, inputs)
-        arguments = {"x_TK": draw.uneven(rows, inputs), "weight": weight, "activation": _activation(format)}
-        return Inputs(arguments=arguments, prepared="weight")
-
-    def wide(draw: Draw, *, rows: int, inputs: int, outputs: int, format: str) -> Inputs:
-        weight = _weight(draw, format, outputs, inputs)
-        return Inputs(arguments={"x_TK": draw.uneven(rows, inputs), "weight": weight}, prepared="weight")
-
-    def grouped(draw: Draw, *, rows: int, groups: int, inputs: int, outputs: int, format: str) -> Inputs:
-        weight = _weight(draw, format, groups * outputs, inputs)
-        return Inputs(
-            arguments={"x_TGK": draw.normal(rows, groups, inputs), "weight": weight}, prepared="weight"
-        )
-
     sizes = {
-        **_rows_and(inputs=160, outputs=96, format="fp8"),
+        **rows_and(inputs=160, outputs=96, format="fp8"),
         "edge-fp8": {"rows": 3, "inputs": 129, "outputs": 257, "format": "fp8"},
         "edge-fp4": {"rows": 3, "inputs": 96, "outputs": 33, "format": "fp4"},
         "edge-mxfp8": {"rows": 3, "inputs": 96, "outputs": 130, "format": "mxfp8"},
@@ -163,234 +143,187 @@ def _linear_layers() -> dict[str, list[Recipe]]:
         "edge-bf16": {"rows": 3, "inputs": 127, "outputs": 1, "format": "bf16"},
         "edge-float32": {"rows": 1, "inputs": 128, "outputs": 129, "format": "float32"},
     }
-    plain = {name: {**size, "format": "bf16"} for name, size in _rows_and(inputs=150, outputs=24).items()}
+    chips = {
+        f"{format}-{name}": {**size, "inputs": 256, "outputs": outputs, "format": format}
+        for format, outputs in CHIP_FORMATS.items()
+        for name, size in ROW_COUNTS.items()
+    }
+    chips["int8-untiled"] = {"rows": 3, "inputs": 1000, "outputs": 33, "format": "int8"}
+    chips["mxfp8-half-pair"] = {"rows": 3, "inputs": 96, "outputs": 33, "format": "mxfp8"}
+    chips["int8-split"] = {"rows": 2, "inputs": 16, "outputs": 65568, "format": "int8"}
+    chips["int8-longest"] = {"rows": 2, "inputs": 16, "outputs": 65535, "format": "int8"}
+    plain = {name: {**size, "format": "bf16"} for name, size in rows_and(inputs=150, outputs=24).items()}
     plain["edge-float32"] = {"rows": 3, "inputs": 129, "outputs": 130, "format": "float32"}
-    by_group = _rows_and(groups=3, inputs=64, outputs=48, format="fp8")
+    by_group = rows_and(groups=3, inputs=64, outputs=48, format="fp8")
     by_group["edge-128"] = {"rows": 3, "groups": 2, "inputs": 128, "outputs": 128, "format": "bf16"}
+    by_group["edge-mxfp8"] = {"rows": 3, "groups": 3, "inputs": 96, "outputs": 130, "format": "mxfp8"}
     return {
         "linear": sized(
-            one,
+            _one_linear,
             sizes,
             largest={"rows": 512, "inputs": 16384, "outputs": 7168, "format": "fp8"},
             copies=KEEP_OR_COPY,
+        )
+        + vendor_sized(
+            _one_linear,
+            chips,
+            copies=KEEP_OR_COPY,
+            largest={
+                f"largest-{format}": {"rows": 16, "inputs": 1536, "outputs": 65536, "format": format}
+                for format in ("int8", "fp8+mxfp8")
+            },
         ),
         "float32_linear": sized(
-            wide,
+            _wide_linear,
             plain,
             largest={"rows": 64, "inputs": 7168, "outputs": 129280, "format": "bf16"},
             copies=KEEP_OR_COPY,
-        ),
+        )
+        + vendor_sized(_wide_linear, rows_and(inputs=512, outputs=16, format="bf16")),
         "grouped_linear": sized(
-            grouped,
+            _grouped_linear,
             by_group,
             largest={"rows": 512, "groups": 16, "inputs": 4096, "outputs": 1024, "format": "fp8"},
             copies=KEEP_OR_COPY,
+        )
+        + vendor_sized(
+            _grouped_linear,
+            {
+                f"{format}-{name}": {**size, "groups": 2, "inputs": 256, "outputs": 128, "format": format}
+                for format in ("bf16", "mxfp8", "fp8+mxfp8")
+                for name, size in ROW_COUNTS.items()
+            },
+            largest={
+                f"largest-{format}": {
+                    "rows": 16,
+                    "groups": 16,
+                    "inputs": 4096,
+                    "outputs": 1024,
+                    "format": format,
+                }
+                for format in ("bf16", "fp8+mxfp8")
+            },
         ),
     }
 
 
+def _weighted_norm(
+    draw: Draw,
+    *,
+    rows: int,
+    width: int,
+    weight: torch.dtype = torch.float32,
+    scale: float = 1.0,
+    eps: float = EPS,
+) -> Inputs:
+    arguments = {
+        "x_TD": draw.normal(rows, width, scale=scale),
+        "weight_D": draw.normal(width, dtype=weight),
+        "eps": eps,
+    }
+    return Inputs(arguments=arguments, prepared="weight_D", sizes={"hidden": width})
+
+
+def _head_norm(
+    draw: Draw,
+    *,
+    rows: int,
+    heads: int,
+    width: int,
+    rounded_once: bool = True,
+    scale: float = 1.0,
+    eps: float = EPS,
+) -> Inputs:
+    q_THD = draw.normal(rows, heads, width, scale=scale)
+    arguments = {"q_THD": q_THD, "eps": eps, "rounded_once": rounded_once}
+    return Inputs(arguments=arguments, sizes={"heads": heads, "head_dim": width})
+
+
+def _rotation(
+    draw: Draw, *, rows: int, heads: int, width: int, inverse: bool = False, first: int = 0
+) -> Inputs:
+    frequencies = rope_frequencies(
+        width // 2, theta=160000.0, factor=16.0, original_positions=4096, beta_fast=32.0, beta_slow=1.0
+    )
+    positions = torch.arange(first, first + rows, device=draw.device)
+    return Inputs(
+        arguments={"x_THD": draw.normal(rows, heads, width), "inverse": inverse},
+        planned=Planned(parameter="rows", arguments={"positions_T": positions, "frequencies": frequencies}),
+        written_rows={"x_THD": None},
+        sizes={"heads": heads, "head_dim": width, "rope_dim": width // 2},
+    )
+
+
 def _norms_and_rotation() -> dict[str, list[Recipe]]:
-    def weighted(draw: Draw, *, rows: int, width: int, weight: torch.dtype = torch.float32) -> Inputs:
-        arguments = {
-            "x_TD": draw.normal(rows, width),
-            "weight_D": draw.normal(width, dtype=weight),
-            "eps": EPS,
-        }
-        return Inputs(arguments=arguments)
-
-    def by_head(draw: Draw, *, rows: int, heads: int, width: int) -> Inputs:
-        return Inputs(arguments={"q_THD": draw.normal(rows, heads, width), "eps": EPS})
-
-    def rotated(
-        draw: Draw, *, rows: int, heads: int, width: int, inverse: bool = False, first: int = 0
-    ) -> Inputs:
-        frequencies = rope_frequencies(
-            width // 2, theta=160000.0, factor=16.0, original_positions=4096, beta_fast=32.0, beta_slow=1.0
-        )
-        positions = torch.arange(first, first + rows, device=draw.device)
-        return Inputs(
-            arguments={"x_THD": draw.normal(rows, heads, width), "inverse": inverse},
-            planned=Planned(
-                parameter="rows", arguments={"positions_T": positions, "frequencies": frequencies}
-            ),
-            written_rows={"x_THD": None},
-        )
-
     bf16_weight = {"rows": 3, "width": 129, "weight": torch.bfloat16}
     return {
         "rms_norm": sized(
-            weighted,
-            {**_rows_and(width=96), "edge-127": {"rows": 3, "width": 127}, "edge-bf16-weight": bf16_weight},
+            _weighted_norm,
+            {**rows_and(width=96), "edge-127": {"rows": 3, "width": 127}, "edge-bf16-weight": bf16_weight},
             largest={"rows": 4096, "width": 7168},
+        )
+        + vendor_sized(
+            _weighted_norm,
+            {
+                **rows_and(width=512, weight=torch.bfloat16),
+                "small": {"rows": 5, "width": 512, **SMALL_BESIDE_EPS},
+            },
         ),
         "head_rms_norm": sized(
-            by_head,
-            {**_rows_and(heads=3, width=96), "edge-1": {"rows": 127, "heads": 1, "width": 129}},
+            _head_norm,
+            {
+                **rows_and(heads=3, width=96),
+                "edge-1": {"rows": 127, "heads": 1, "width": 129},
+                "edge-release": {"rows": 5, "heads": 3, "width": 128, "rounded_once": False},
+            },
             largest={"rows": 512, "heads": 128, "width": 512},
+        )
+        + vendor_sized(
+            _head_norm,
+            {
+                **rows_and(heads=4, width=128),
+                "small": {"rows": 5, "heads": 4, "width": 128, **SMALL_BESIDE_EPS},
+            },
         ),
         "rotate": sized(
-            rotated,
+            _rotation,
             {
-                **_rows_and(heads=3, width=24),
+                **rows_and(heads=3, width=24),
                 "edge-inverse": {"rows": 129, "heads": 1, "width": 16, "inverse": True},
                 "edge-far": {"rows": 3, "heads": 2, "width": 32, "first": 1048573},
             },
             largest={"rows": 1024, "heads": 128, "width": 128},
-        ),
-    }
-
-
-def _experts() -> dict[str, list[Recipe]]:
-    return {
-        "clamped_swiglu": sized(
-            _swiglu,
-            {
-                **_rows_and(width=80),
-                "edge-unweighted": {"rows": 3, "width": 256, "weighted": False},
-                "edge-128": {"rows": 129, "width": 128},
-            },
-            largest={"rows": 6 * 1024, "width": 6144},
-        ),
-        "route_tokens": sized(
-            _routing,
-            {
-                **_rows_and(experts=16, per_token=3),
-                "edge-all": {"rows": 3, "experts": 4, "per_token": 4},
-                "edge-hashed": {"rows": 129, "experts": 16, "per_token": 3, "hashed": torch.int64},
-                "edge-hashed-int32": {"rows": 3, "experts": 16, "per_token": 3, "hashed": torch.int32},
-                "edge-ties": {"rows": 7, "experts": 24, "per_token": 6, "tied": True},
-                "edge-ties-few": {"rows": 2, "experts": 40, "per_token": 6, "tied": True},
-            },
-            largest={"rows": 8192, "experts": 384, "per_token": 6},
-            dtypes=FLOAT32_ONLY,
-        ),
-        "routed_experts": sized(
-            _expert_block,
-            {
-                **_rows_and(hidden=96, inner=64, format="fp4"),
-                "edge-fp8": {"rows": 3, "hidden": 160, "inner": 129, "format": "fp8"},
-                "edge-mxfp8": {"rows": 2, "hidden": 96, "inner": 64, "format": "mxfp8"},
-                "edge-int8": {"rows": 37, "hidden": 160, "inner": 66, "format": "int8"},
-                "edge-int8-few": {"rows": 2, "hidden": 160, "inner": 66, "format": "int8"},
-                "edge-int4": {"rows": 5, "hidden": 160, "inner": 66, "format": "int4"},
-                "edge-bf16": {"rows": 2, "hidden": 48, "inner": 33, "format": "bf16"},
-                "edge-one-expert": {
-                    "rows": 129,
-                    "hidden": 64,
-                    "inner": 32,
-                    "format": "fp4",
-                    "experts": 1,
-                    "per_token": 1,
-                },
-            },
-            largest={
-                "rows": 3,
-                "hidden": 7168,
-                "inner": 3072,
-                "format": "fp4",
-                "experts": 384,
-                "per_token": 6,
-            },
-            copies=KEEP_OR_COPY,
-        ),
-    }
-
-
-def _swiglu(draw: Draw, *, rows: int, width: int, weighted: bool = True) -> Inputs:
-    weights = draw.normal(rows, dtype=torch.float32) if weighted else None
-    gate_up = draw.normal(rows, width, scale=4.0)
-    return Inputs(arguments={"gate_up_TJ": gate_up, "row_weight_T": weights, "limit": 5.0})
-
-
-def _routing(
-    draw: Draw,
-    *,
-    rows: int,
-    experts: int,
-    per_token: int,
-    hashed: torch.dtype | None = None,
-    tied: bool = False,
-) -> Inputs:
-    logits = draw.whole(rows, experts, largest=1) if tied else draw.normal(rows, experts, scale=2.0)
-    bias = None if hashed or tied else draw.normal(experts, scale=0.5)
-    table = tokens = None
-    if hashed is not None:
-        table = draw.lay_out(draw.subsets(50, below=experts, width=per_token).to(hashed))
-        tokens = draw.indices(rows, below=50)
-    arguments = {"logits_TE": logits, "bias_E": bias, "token_ids_T": tokens, "expert_table_VK": table}
-    return Inputs(arguments={**arguments, "experts_per_token": per_token, "scaling": 1.5})
-
-
-def _expert_block(
-    draw: Draw, *, rows: int, hidden: int, inner: int, format: str, experts: int = 8, per_token: int = 3
-) -> Inputs:
-    # Three sets of weights shared by all experts keep the largest case within memory.
-    kinds = [
-        (
-            (_weight(draw, format, inner, hidden), _weight(draw, format, inner, hidden)),
-            _weight(draw, format, hidden, inner),
         )
-        for _ in range(min(experts, 3))
-    ]
-    block = ExpertWeights(
-        gate_up=tuple(kinds[index % len(kinds)][0] for index in range(experts)),
-        down=tuple(kinds[index % len(kinds)][1] for index in range(experts)),
-    )
-    ids = draw.lay_out(draw.subsets(rows, below=experts, width=per_token).to(torch.int32))
-    arguments = {
-        "x_TD": draw.uneven(rows, hidden),
-        "weights_TK": draw.normal(rows, per_token, dtype=torch.float32),
-        "expert_ids_TK": ids,
-        "experts": block,
-        "swiglu_limit": 2.0,
-        "activation": _activation(format),
+        + vendor_sized(
+            _rotation,
+            {
+                **rows_and(heads=4, width=128),
+                "inverse": {"rows": 5, "heads": 4, "width": 128, "inverse": True},
+                "far": {"rows": 3, "heads": 1, "width": 128, "first": 1048573},
+            },
+        ),
     }
-    return Inputs(arguments=arguments, prepared="experts")
 
 
-def _hyper_connections() -> dict[str, list[Recipe]]:
-    def before(draw: Draw, *, rows: int, streams: int, hidden: int, iterations: int = 20) -> Inputs:
-        mixes = (2 + streams) * streams
-        fn_scale = (streams * hidden) ** -0.5
+def _embedding() -> dict[str, list[Recipe]]:
+    def looked_up(
+        draw: Draw, *, rows: int, vocabulary: int, width: int, table: torch.dtype = torch.bfloat16
+    ) -> Inputs:
         arguments = {
-            "streams_THD": draw.normal(rows, streams, hidden),
-            "fn_MF": draw.normal(mixes, streams * hidden, scale=fn_scale, dtype=torch.float32),
-            "scale_3": draw.normal(3, dtype=torch.float32),
-            "base_M": draw.normal(mixes, dtype=torch.float32),
-        }
-        settings = {"sinkhorn_iterations": iterations, "norm_eps": 1e-5, "mix_eps": 1e-4}
-        return Inputs(arguments={**arguments, **settings})
-
-    def after(draw: Draw, *, rows: int, streams: int, hidden: int) -> Inputs:
-        arguments = {
-            "output_TD": draw.normal(rows, hidden),
-            "streams_THD": draw.normal(rows, streams, hidden),
-            "post_TH": draw.normal(rows, streams, dtype=torch.float32),
-            "mix_THH": draw.normal(rows, streams, streams, dtype=torch.float32),
+            "token_ids_T": draw.indices(rows, below=vocabulary),
+            "table_VD": draw.normal(vocabulary, width, dtype=table),
+            "dtype": draw.dtype,
         }
         return Inputs(arguments=arguments)
 
-    def head(draw: Draw, *, rows: int, streams: int, hidden: int) -> Inputs:
-        fn_scale = (streams * hidden) ** -0.5
-        arguments = {
-            "streams_THD": draw.normal(rows, streams, hidden),
-            "fn_HF": draw.normal(streams, streams * hidden, scale=fn_scale, dtype=torch.float32),
-            "scale_1": draw.normal(1, dtype=torch.float32),
-            "base_H": draw.normal(streams, dtype=torch.float32),
-        }
-        return Inputs(arguments={**arguments, "norm_eps": 1e-5, "mix_eps": 1e-4})
-
-    edges = {
-        "edge-8": {"rows": 8, "streams": 4, "hidden": 33},
-        "edge-9": {"rows": 9, "streams": 4, "hidden": 33},
-        "edge-streams": {"rows": 3, "streams": 7, "hidden": 16},
-        "edge-one-stream": {"rows": 3, "streams": 1, "hidden": 129},
-    }
-    sizes = {**_rows_and(streams=4, hidden=48), **edges}
-    largest = {"rows": 1024, "streams": 4, "hidden": 7168}
-    once = {"rows": 3, "streams": 4, "hidden": 16, "iterations": 1}
     return {
-        "hyper_connection_pre": sized(before, {**sizes, "edge-one-pass": once}, largest=largest),
-        "hyper_connection_post": sized(after, sizes, largest=largest),
-        "hyper_connection_head": sized(head, sizes, largest=largest),
+        "embed_tokens": sized(
+            looked_up,
+            {
+                **rows_and(vocabulary=50, width=96),
+                "edge-one-id": {"rows": 3, "vocabulary": 1, "width": 129},
+                "edge-float32-table": {"rows": 3, "vocabulary": 7, "width": 128, "table": torch.float32},
+            },
+            largest={"rows": 8192, "vocabulary": 129280, "width": 7168},
+        )
     }

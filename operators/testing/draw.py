@@ -7,6 +7,8 @@ gets the same values packed, with zeros there. A read past the bounds then shows
 from __future__ import annotations
 
 import hashlib
+import math
+import mmap
 from enum import Enum
 
 import torch
@@ -98,15 +100,24 @@ class Draw:
         return view
 
     def cache(
-        self, shape: tuple[int, int, int], rows: Tensor, *, whole: bool = False, state: bool = False
+        self,
+        shape: tuple[int, int, int],
+        rows: Tensor,
+        *,
+        whole: bool = False,
+        state: bool = False,
+        far: bool = False,
     ) -> Tensor:
         """A paged cache, always packed, in which only the given physical rows hold values.
 
         `whole` draws small whole numbers instead of normal ones; `state` is float32 whatever the case's
-        dtype.
+        dtype; `far` leaves the rest untouched, so that only written pages take memory.
         """
         dtype = torch.float32 if state else self.dtype
-        cache = self._unused(*shape, dtype=dtype)
+        if far:
+            cache = _untouched(*shape, dtype=dtype, device=self.device)
+        else:
+            cache = self._unused(*shape, dtype=dtype)
         count = (len(rows), shape[2])
         values = (
             torch.randint(-3, 4, count, generator=self._generator).float() if whole else self._normal(*count)
@@ -171,3 +182,12 @@ class Draw:
         if not self._poisoned:
             return torch.zeros(shape, dtype=dtype, device=self.device)
         return poison(torch.empty(shape, dtype=dtype, device=self.device))
+
+
+def _untouched(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that take memory only where they are written, on a CPU."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # torch.zeros writes every page of its memory
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)

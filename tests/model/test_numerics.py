@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ascend_v4.cache.layout import CacheRole
 from ascend_v4.engine.protocol import Chunk
-from ascend_v4.errors import ConfigError, DeviceError
+from ascend_v4.errors import ConfigError
 from ascend_v4.model.load import load_model
 from ascend_v4.operators.contracts.quantize import FP4_GROUP, KV_GROUP, fake_quantize_fp4, fake_quantize_fp8
 from tests.model.builders import all_rows, make_model, make_runner, token_ids
@@ -64,8 +65,8 @@ def test_streams_and_caches_have_the_dtype_of_the_numerics(checkpoint, numerics,
     streams = runner.streams(Chunk(sequence, ids))
     assert streams.dtype is dtype
     caches = [spec for layer in runner.loaded.model.caches for spec in layer.specs()]
-    assert {runner._tensors[spec].dtype for spec in caches if not spec.is_state} == {dtype}
-    assert {runner._tensors[spec].dtype for spec in caches if spec.is_state} == {torch.float32}
+    assert {runner._tensors[spec].dtype for spec in caches if spec.role is not CacheRole.STATE} == {dtype}
+    assert {runner._tensors[spec].dtype for spec in caches if spec.role is CacheRole.STATE} == {torch.float32}
     # logits are float32 whatever the streams are
     assert runner.logits(streams).dtype is torch.float32
     assert runner.forward([Chunk(runner.open_sequence(1), ids[:1])]).dtype is torch.float32
@@ -142,5 +143,5 @@ def test_unknown_numerics_are_refused(checkpoint):
 
 
 def test_an_unknown_device_is_refused(checkpoint):
-    with pytest.raises(DeviceError, match="device 'npu' is not available; this version runs on cpu"):
-        load_model(checkpoint, device="npu")
+    with pytest.raises(ConfigError, match="device 'tpu' is unknown; choose one of cpu, cuda, npu, sim"):
+        load_model(checkpoint, device="tpu")

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ascend_v4.cache.layout import CSA_STATE, ENTRIES, HCA_STATE, WINDOW, PageGroup, plan_pools
+from ascend_v4.cache.layout import CSA_STATE, ENTRIES, HCA_ENTRIES, HCA_STATE, WINDOW, PageGroup, plan_pools
 from ascend_v4.cache.pages import PagePool, SequencePages, make_pools
 from ascend_v4.operators.contracts.batch import TokenBatch, rows_of
 
 CPU = torch.device("cpu")
-GROUPS = (WINDOW, ENTRIES, CSA_STATE, HCA_STATE)
+GROUPS = (WINDOW, ENTRIES, HCA_ENTRIES, CSA_STATE, HCA_STATE)
 
 
 def pools_for(*, tokens: int, sequences: int, step_tokens: int) -> dict[PageGroup, PagePool]:

@@ -56,7 +56,9 @@ class Scene:
             cache.view(-1, WIDTH)[where] = part
         return cache, table
 
-    def ours(self, which: str, selected: torch.Tensor | None = None) -> torch.Tensor:
+    def ours(
+        self, which: str, selected: torch.Tensor | None = None, *, sink_in_peak: bool = False
+    ) -> torch.Tensor:
         table = select("cpu")
         planned, call = (
             (plan_attention, sparse_attention.reference)
@@ -71,6 +73,9 @@ class Scene:
             window_page_tokens=PAGE,
             compressed_table=self.compressed_table,
             entries_per_page=PAGE // self.ratio if self.ratio else 0,
+            num_heads=self.q.shape[1],
+            head_dim=WIDTH,
+            topk=0 if selected is None else selected.shape[1],
         )
         return call(
             self.q,
@@ -85,9 +90,12 @@ class Scene:
             ratio=self.ratio,
             window_tokens=WINDOW,
             scale=SCALE,
+            sink_in_peak=sink_in_peak,
         )
 
-    def wanted(self, selected: torch.Tensor | None = None, *, rounded: bool = True) -> np.ndarray:
+    def wanted(
+        self, selected: torch.Tensor | None = None, *, rounded: bool = True, sink_in_peak: bool = False
+    ) -> np.ndarray:
         rounding = ROUNDINGS[self.q.dtype]
         out = np.zeros(self.q.shape)
         for index, (first, count, start) in enumerate(self.batch.spans):
@@ -97,7 +105,8 @@ class Scene:
                 rows += [numpy_of(self.entries[index][e]) for e in self._seen(token, position, selected)]
                 for head in range(HEADS):
                     query, sink = numpy_of(self.q[token, head]), self.sinks[head].item()
-                    out[token, head] = attended(query, np.array(rows), sink, rounding=rounding)
+                    floor = sink if sink_in_peak else -math.inf
+                    out[token, head] = attended(query, np.array(rows), sink, rounding=rounding, floor=floor)
         return rounding(out) if rounded else out
 
     def _seen(self, token: int, position: int, selected: torch.Tensor | None) -> list[int]:
@@ -119,12 +128,15 @@ class Scene:
         return torch.tensor(rows, dtype=torch.int32)
 
 
-def attended(q: np.ndarray, rows: np.ndarray, sink: float, *, rounding) -> np.ndarray:
-    """One query of one head: probabilities rounded before the values, not in the denominator."""
+def attended(q: np.ndarray, rows: np.ndarray, sink: float, *, rounding, floor: float) -> np.ndarray:
+    """One query of one head: probabilities rounded before the values, not in the denominator. `floor` is the
+    least that they are relative to.
+    """
     scores = rows @ q * SCALE
-    weights = np.exp(scores - scores.max())
+    peak = max(scores.max(), floor)
+    weights = np.exp(scores - peak)
     with np.errstate(over="ignore"):
-        total = weights.sum() + np.exp(sink - scores.max())
+        total = weights.sum() + np.exp(sink - peak)
     return rounding(weights) @ rows / total
 
 
@@ -219,6 +231,19 @@ def test_a_sink_takes_its_share_of_the_denominator_alone(sink, which):
     assert torch.isfinite(got).all()
     require_close(got, want)
     assert (got[:, 0] == 0).all() == (sink > 100)
+
+
+@WHICH
+@pytest.mark.parametrize("sink", [-math.inf, -1.0, 8.3, 1e4])
+def test_a_sink_in_the_peak_moves_only_the_rounding(sink, which):
+    scene = Scene((127,) * 20, (1,) * 20, ratio=4, dtype=torch.bfloat16)
+    scene.sinks.fill_(sink)
+    got, other = scene.ours(which, sink_in_peak=True), scene.ours(which)
+    want = numpy_of(torch.from_numpy(scene.wanted(sink_in_peak=True)).bfloat16())
+    assert (numpy_of(got) == want).mean() > 0.99
+    require_close(other, scene.wanted(sink_in_peak=True))
+    # a sink below the scores changes nothing, and far above them nothing is left
+    assert torch.equal(got, other) == (sink != 8.3)
 
 
 @WHICH

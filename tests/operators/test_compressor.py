@@ -135,7 +135,15 @@ class Driver:
         step = take_step(chosen, counts)
         plan = plan_for(step, self.kind)
         x = torch.cat(list(chunks.values()))
-        entries = compress(x, self.weights, self.state, plan, overlap=self.kind.overlap, eps=EPS)
+        entries = compress(
+            x,
+            self.weights,
+            self.state,
+            plan,
+            overlap=self.kind.overlap,
+            eps=EPS,
+            rounded_once=False,
+        )
         self.cache.view(-1, WIDTH)[plan.entry_slots] = entries.float()
         advance(chosen, counts)
         return plan

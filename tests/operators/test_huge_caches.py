@@ -71,6 +71,9 @@ def attend(which: str, q: torch.Tensor, cache: torch.Tensor, table: torch.Tensor
         window_page_tokens=128,
         compressed_table=None,
         entries_per_page=0,
+        num_heads=q.shape[1],
+        head_dim=512,
+        topk=0,
     )
     return call(
         q,
@@ -85,6 +88,7 @@ def attend(which: str, q: torch.Tensor, cache: torch.Tensor, table: torch.Tensor
         ratio=0,
         window_tokens=128,
         scale=512**-0.5,
+        sink_in_peak=False,
     )
 
 
@@ -101,7 +105,7 @@ def test_index_keys_are_found_past_two_to_the_31_elements(which):
         slots = rows_of(table, torch.zeros(62, dtype=torch.int64), torch.arange(62), per_page=32)
         write_index_keys(cache, keys, slots, format=IndexFormat.FP4_GROUP)
         settings = {"batch": batch, "ratio": 4, "topk": 20}
-        planned = plan(**settings, key_table=table, keys_per_page=32)
+        planned = plan(**settings, key_table=table, keys_per_page=32, num_heads=8, head_dim=128)
         picked.append(
             call(
                 q,
@@ -140,7 +144,17 @@ def test_compressor_state_is_kept_past_two_to_the_32_bytes():
                 entries_per_page=32,
                 frequencies=rope_frequencies(64, theta=160000.0),
             )
-            parts.append(compress(x[start : start + count], weights, cache, plan, overlap=True, eps=1e-6))
+            parts.append(
+                compress(
+                    x[start : start + count],
+                    weights,
+                    cache,
+                    plan,
+                    overlap=True,
+                    eps=1e-6,
+                    rounded_once=False,
+                )
+            )
         entries.append(torch.cat(parts))
     assert torch.equal(entries[0], entries[1])
     assert torch.equal(huge[[69_999, 65_536]], small[[3, 1]])

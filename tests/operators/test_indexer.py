@@ -76,7 +76,15 @@ class Scene:
             if which == "reference"
             else (table.plan(select_entries), table[select_entries])
         )
-        plan = planned(self.batch, ratio=RATIO, topk=topk, key_table=self.table, keys_per_page=PER_PAGE)
+        plan = planned(
+            self.batch,
+            ratio=RATIO,
+            topk=topk,
+            key_table=self.table,
+            keys_per_page=PER_PAGE,
+            num_heads=self.q.shape[1],
+            head_dim=self.q.shape[2],
+        )
         return call(
             self.q,
             self.weights,

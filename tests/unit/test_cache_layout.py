@@ -12,16 +12,18 @@ from ascend_v4.cache.layout import (
     BLOCK_TOKENS,
     CSA_STATE,
     ENTRIES,
+    HCA_ENTRIES,
     HCA_STATE,
     ROLLBACK_TOKENS,
     WINDOW,
+    CacheRole,
     layer_caches,
     plan_pools,
 )
 from ascend_v4.config import LayerKind, ModelConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "model"
-GROUPS = (WINDOW, ENTRIES, CSA_STATE, HCA_STATE)
+GROUPS = (WINDOW, ENTRIES, HCA_ENTRIES, CSA_STATE, HCA_STATE)
 BF16_BYTES, FLOAT32_BYTES = 2, 4
 
 
@@ -37,7 +39,7 @@ def names(config: ModelConfig, kind: LayerKind) -> dict[str, tuple[int, int]]:
     }
 
 
-def test_one_block_is_128_window_rows_32_csa_entries_and_keys_and_one_hca_entry(config):
+def test_a_page_is_128_window_rows_32_csa_entries_and_keys_or_16_hca_entries(config):
     assert names(config, LayerKind.SWA) == {"layer.window": (128, 512)}
     assert names(config, LayerKind.CSA) == {
         "layer.window": (128, 512),
@@ -48,14 +50,17 @@ def test_one_block_is_128_window_rows_32_csa_entries_and_keys_and_one_hca_entry(
     }
     assert names(config, LayerKind.HCA) == {
         "layer.window": (128, 512),
-        "layer.entries": (1, 512),
+        "layer.entries": (16, 512),
         "layer.state": (32, 2 * 512),
     }
 
 
 def test_only_compressor_state_is_float32(config):
     specs = [spec for kind in LayerKind for spec in layer_caches(config, kind, prefix="layer").specs()]
-    assert {spec.name for spec in specs if spec.is_state} == {"layer.state", "layer.index_state"}
+    assert {spec.name for spec in specs if spec.role is CacheRole.STATE} == {
+        "layer.state",
+        "layer.index_state",
+    }
 
 
 def test_entries_of_a_million_tokens_take_the_bytes_of_the_report(config):
@@ -65,9 +70,10 @@ def test_entries_of_a_million_tokens_take_the_bytes_of_the_report(config):
     total = 0
     for kind in config.layer_kinds:
         for spec in layer_caches(config, kind, prefix="layer").specs():
-            if spec.group is ENTRIES:
-                total += tokens // BLOCK_TOKENS * spec.rows_per_page * spec.row_width * BF16_BYTES
-                spare = plan.bytes_of(spec, BF16_BYTES) - tokens // BLOCK_TOKENS * (
+            if spec.group in (ENTRIES, HCA_ENTRIES):
+                pages = tokens // spec.group.page_tokens
+                total += pages * spec.rows_per_page * spec.row_width * BF16_BYTES
+                spare = plan.bytes_of(spec, BF16_BYTES) - pages * (
                     spec.rows_per_page * spec.row_width * BF16_BYTES
                 )
                 assert spare == 2 * spec.rows_per_page * spec.row_width * BF16_BYTES
@@ -82,7 +88,7 @@ def test_state_of_one_sequence_takes_the_bytes_of_the_report(config):
         (kind, spec.name): (spec.group.retain_tokens or 0) * spec.row_width * FLOAT32_BYTES / 1024
         for kind in LayerKind
         for spec in layer_caches(config, kind, prefix="x").specs()
-        if spec.is_state
+        if spec.role is CacheRole.STATE
     }
     assert kib == {
         (LayerKind.CSA, "x.state"): 64,

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from ascend_v4.cache.layout import (
     CSA_STATE,
     ENTRIES,
+    HCA_ENTRIES,
     HCA_STATE,
     ROLLBACK_TOKENS,
     WINDOW,
@@ -21,7 +22,7 @@ from ascend_v4.cache.layout import (
 from ascend_v4.cache.pages import PagePool, SequencePages, make_pools
 from ascend_v4.errors import CacheFullError
 
-GROUPS = (WINDOW, ENTRIES, CSA_STATE, HCA_STATE)
+GROUPS = (WINDOW, ENTRIES, HCA_ENTRIES, CSA_STATE, HCA_STATE)
 READ_BEHIND = {WINDOW: 127, CSA_STATE: 7, HCA_STATE: 127}
 """Positions before its first new token that a step reads at most: the window, or a run and the one before."""
 

@@ -200,7 +200,7 @@ def test_a_refused_input_is_one_line_on_stderr_and_leaves_the_old_output(score, 
     ("options", "message"),
     [
         (("--numerics", "fast"), "'fast' is not one of 'auto', 'exact', 'native'"),
-        (("--device", "npu"), "device 'npu' is not available; this version runs on cpu"),
+        (("--device", "tpu"), "'tpu' is not one of 'cpu', 'cuda', 'npu', 'sim'"),
         (("--mtp", "--logprobs"), "--mtp and --logprobs exclude each other"),
         (("--chunk", "0"), "0 is not in the range x>=1"),
         (("--chunk", "many"), "'many' is not a valid integer"),

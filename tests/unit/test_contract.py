@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ascend_v4.device.soc import Chip
 from ascend_v4.errors import ContractError
 from ascend_v4.operators import contract
 from ascend_v4.operators.contract import (
@@ -230,7 +231,10 @@ def test_whole_numbers_are_compared_bitwise_under_any_tolerance():
     [
         (Needs(), "nothing"),
         (Needs(module="torch_npu"), "module torch_npu"),
-        (Needs("m", "torch.ops.npu.x", ("A2", "A3")), "module m, torch.ops.npu.x, A2/A3"),
+        (
+            Needs("m", ("npu::x",), ("aclnnX",), (Chip.A2, Chip.A3)),
+            "module m, npu::x, aclnnX, chip a2/a3",
+        ),
     ],
 )
 def test_needs_are_one_phrase(needs, phrase):

@@ -1,0 +1,1 @@
+"""What this machine is: chips, what they compute, and what a run is asked to use."""
