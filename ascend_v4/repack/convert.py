@@ -1,7 +1,7 @@
 """Makes the bytes of output tensors, a slab of rows at a time, with the operators of contracts/transcode.
 
-A slab fits a processor's cache, so converting, hashing and writing it read it there. Buffers belong to one
-thread and are reused, so a slab is valid until the next is asked for.
+A slab fits a processor's last cache, so hashing and writing read it there. Buffers belong to one thread and
+are reused, so a slab is valid until the next is asked for.
 """
 
 from __future__ import annotations
@@ -39,8 +39,12 @@ from ascend_v4.operators.select import OperatorTable
 from ascend_v4.repack.plan import Action, Conversion, OutputTensor
 from ascend_v4.repack.source_forms import SourceTensor, TensorKind
 
-SLAB_BYTES = 4 << 20
-"""Output bytes converted at once, at least 128 rows. Statistics add up slab by slab: they depend on it."""
+SLAB_BYTES = 8 << 20
+"""Output bytes converted at once, at least 128 rows. Statistics add up slab by slab: they depend on it.
+
+Smaller slabs stay in a nearer cache and cost more: between slabs Python runs with cold caches and waits for
+the other threads' lock.
+"""
 
 RELEASED_BYTES = 64 << 20
 """Mapped source pages of one tensor that may pile up before they are let go."""

@@ -102,7 +102,7 @@ def fp4_to_int4_native(
 def fp8_to_int8_native(
     codes_NK: Tensor, scale_blocks: Tensor, out_NK: Tensor, out_scale_N: Tensor, *, first_row: int
 ) -> Tensor:
-    """The row's largest number from the largest code of each block, then the quotients."""
+    """The row's largest number from the largest code of each block or scale, then its codes."""
     check_block_scales(codes_NK, scale_blocks, first_row=first_row)
     check_rows(out_scale_N, len(codes_NK), out_NK, codes_NK)
     codes, scale = codes_NK.contiguous(), scale_blocks.contiguous()

@@ -13,13 +13,14 @@ namespace {
 
 constexpr int64_t kLanes = 16;
 typedef uint32_t U16 __attribute__((vector_size(64)));
+typedef uint64_t W8 __attribute__((vector_size(64)));
 typedef float F16 __attribute__((vector_size(64)));
 constexpr float kInt8Max = 127.0f;
 constexpr int kShiftFloor = -100;
 constexpr float kRoundingShift = 12582912.0f;  // 1.5 * 2^23: adding it leaves no fraction bits
 constexpr uint32_t kRoundingBits = 0x4b400000;  // of the same number
-// Squared errors and squares over the scale squared are summed as whole multiples of one over these.
-constexpr float kErrorUnits = 131072.0f, kNormUnits = 4.0f;
+// For the statistics a number over its row's scale is a code plus a whole multiple of one over this, at most a half.
+constexpr int kParts = 4096;
 constexpr uint8_t kFp8Nan = 0x7f;
 
 // What is wrong with a row; `problem` is the row times 4 plus this.
@@ -46,9 +47,10 @@ ASCEND_V4_INLINE float widened(uint16_t number) {
   return value;
 }
 
-// Running sums of one row, in whole units of its scale squared: the same in any order.
+// Running sums of one row: the same in any order. `left` is what the code leaves of a number, in parts.
 struct Sums {
-  U16 error = {}, norm = {}, changed = {};
+  U16 code_code = {}, code_left = {}, changed = {};
+  W8 left_left = {};
 };
 
 // A scale split so that the product of either part with a code of 7 bits is exact.
@@ -67,60 +69,69 @@ ASCEND_V4_INLINE Scale split(float scale) {
   return parts;
 }
 
-// What becomes of numbers: whole numbers nearest to them over the scale, and what they add to the sums. No comparisons:
-// those of vectors wider than the processor's would be done element by element.
+// What becomes of numbers: whole numbers nearest to them over the scale, whole parts that are left of them, whether
+// they changed. No comparisons: those of vectors wider than the processor's would be done element by element.
 struct Quantized {
-  U16 code, error, norm, changed;
+  F16 code, left;
+  U16 changed;
 };
 
-ASCEND_V4_INLINE void quantize(const F16& value, const Scale& scale, Quantized* result) {
-  const F16 quotient = value / scale.whole;
-  const F16 shifted = quotient + kRoundingShift;
-  const F16 code = shifted - kRoundingShift;
-  const F16 left = quotient - code;
+// Whole numbers of at most 2^22 either way, which products of codes and parts are.
+ASCEND_V4_INLINE U16 whole(const F16& number) { return (U16)(number + kRoundingShift) - kRoundingBits; }
+
+ASCEND_V4_INLINE void quantize(const F16& value, const F16& quotient, const Scale& scale, Quantized* result) {
+  const F16 code = (quotient + kRoundingShift) - kRoundingShift;
+  const F16 left = (quotient - code) * static_cast<float>(kParts);
   // Exact: where code times scale can be the value the two are so near that the subtraction does not round.
   const U16 off = (U16)((value - code * scale.high) - code * scale.low) & 0x7fffffff;
-  result->code = (U16)shifted - kRoundingBits;
-  result->error = (U16)(left * left * kErrorUnits + kRoundingShift) - kRoundingBits;
-  result->norm = (U16)(quotient * quotient * kNormUnits + kRoundingShift) - kRoundingBits;
+  result->code = code;
+  result->left = (left + kRoundingShift) - kRoundingShift;
   result->changed = (off + 0x7fffffff) >> 31;
 }
 
 ASCEND_V4_INLINE void quantize_block(const float* values, const Scale& scale, uint32_t* codes, Sums* sums) {
+  U16 left_left = {};
   for (int64_t k = 0; k < kBlock; k += kLanes) {
     F16 value;
     std::memcpy(&value, values + k, sizeof(value));
     Quantized result;
-    quantize(value, scale, &result);
-    std::memcpy(codes + k, &result.code, sizeof(result.code));
-    sums->error += result.error;
-    sums->norm += result.norm;
+    quantize(value, value / scale.whole, scale, &result);
+    const U16 code = whole(result.code);
+    std::memcpy(codes + k, &code, sizeof(code));
+    sums->code_code += whole(result.code * result.code);
+    sums->code_left += whole(result.code * result.left);
     sums->changed += result.changed;
+    left_left += whole(result.left * result.left);
   }
+  // Of the sums only this one outgrows 32 bits in a wide row.
+  sums->left_left += ((W8)left_left & 0xffffffff) + ((W8)left_left >> 32);
 }
 
 struct Totals {
-  uint64_t error = 0, norm = 0, changed = 0;
+  int64_t code_code = 0, code_left = 0, left_left = 0, changed = 0;
 };
 
 ASCEND_V4_INLINE Totals total(const Sums& sums) {
   Totals totals;
   for (int lane = 0; lane < kLanes; ++lane) {
-    totals.error += sums.error[lane];
-    totals.norm += sums.norm[lane];
+    totals.code_code += sums.code_code[lane];
+    totals.code_left += static_cast<int32_t>(sums.code_left[lane]);
     totals.changed += sums.changed[lane];
   }
+  for (int lane = 0; lane < kLanes / 2; ++lane) totals.left_left += static_cast<int64_t>(sums.left_left[lane]);
   return totals;
 }
 
 ASCEND_V4_INLINE void add_stats(const Totals& totals, float scale, double* stats) {
   const double unit = static_cast<double>(scale) * static_cast<double>(scale);
-  const double squared_error = static_cast<double>(totals.error) / kErrorUnits * unit;
+  constexpr double kSquaredParts = kParts * kParts;
+  const int64_t norm = totals.code_code * int64_t{kParts * kParts} + totals.code_left * (2 * kParts) + totals.left_left;
+  const double squared_error = static_cast<double>(totals.left_left) / kSquaredParts * unit;
   stats[0] += 1;
   stats[1] += totals.changed == 0;
   stats[2] += static_cast<double>(totals.changed);
   stats[3] += squared_error;
-  stats[4] += static_cast<double>(totals.norm) / kNormUnits * unit;
+  stats[4] += static_cast<double>(norm) / kSquaredParts * unit;
   stats[5] += squared_error;
 }
 
@@ -220,101 +231,216 @@ ASCEND_V4_CLONES Totals quantize_row(const uint8_t* codes, const uint8_t* scale,
 
 #if defined(__x86_64__) && defined(__GNUC__)
 
-// Processors that look up 128 bytes at once: everything about a row's codes under one block scale, made once per row.
-#define ASCEND_V4_VBMI __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")))
+// Processors that look up 128 bytes at once and sum products of bytes. One table per row holds what becomes of every
+// number; a code 8 higher is twice the number, so the tables of the blocks' scales are cut from it, 8 further on per
+// power of two.
+#define ASCEND_V4_VBMI __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni")))
 
-enum Column { kCode, kErrorLow, kErrorHigh, kNormLow, kNormHigh, kChanged, kColumns };
+constexpr int kOctave = 8;
+// Numbers below these octaves, of which a row's largest is in the highest, get code 0 and leave less than half a part.
+constexpr int kOctaves = 22;
+// Room for a block below all of them, and for the two octaves before its code 0.
+constexpr int kBelow = kBlock + 2 * kOctave;
+// Room for a block whose largest number is code 1, three octaves below code 8, and is the row's largest.
+constexpr int kTableBytes = kBelow + (kOctaves + 1) * kOctave + kBlock + 64;
+constexpr uint8_t kChangedBit = 0x80;
+constexpr int kLowBits = 6, kLowParts = 1 << kLowBits;
+// A page: where the hardware's prefetching ends, and a row of 4096.
+constexpr int64_t kPrefetchBytes = 4096;
 
-struct CodeTable {
-  alignas(64) uint8_t column[kColumns][kBlock];
-  int shift;
-};
+struct Tables {
+  alignas(64) uint8_t code[kTableBytes];
+  // left_high * kLowParts + left_low, the latter not negative.
+  alignas(64) int8_t left_high[kTableBytes];
+  alignas(64) uint8_t left_low[kTableBytes];
+  // By scale: the largest codes, and the three tables as its blocks read them, codes 0 to 63 first.
+  alignas(64) uint8_t most[256][64];
+  alignas(64) uint8_t of_scale[256][6][64];
+  uint8_t distinct[256];
+  int num_distinct = 0;
+  const uint8_t* scale = nullptr;
+  bool vbmi = false;
 
-constexpr int kTables = 8;
-
-ASCEND_V4_CLONES void fill_table(int shift, const Scale& by, CodeTable* table) {
-  alignas(64) float values[kBlock];
-  alignas(64) uint32_t found[4][kBlock];
-  const float factor = static_cast<float>(power_of_two(shift));
-#pragma omp simd
-  for (int64_t k = 0; k < kBlock; ++k) values[k] = widened(static_cast<uint8_t>(k)) * factor;
-  values[kFp8Nan] = 0;
-  for (int64_t k = 0; k < kBlock; k += kLanes) {
-    F16 value;
-    std::memcpy(&value, values + k, sizeof(value));
-    Quantized result;
-    quantize(value, by, &result);
-    std::memcpy(found[0] + k, &result.code, sizeof(U16));
-    std::memcpy(found[1] + k, &result.error, sizeof(U16));
-    std::memcpy(found[2] + k, &result.norm, sizeof(U16));
-    std::memcpy(found[3] + k, &result.changed, sizeof(U16));
+  Tables() {
+    vbmi = __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vnni");
+    std::memset(code, 0, sizeof(code));
+    std::memset(left_high, 0, sizeof(left_high));
+    std::memset(left_low, 0, sizeof(left_low));
+    std::memset(code, kChangedBit, kBelow);
   }
-#pragma omp simd
-  for (int64_t k = 0; k < kBlock; ++k) {
-    table->column[kCode][k] = static_cast<uint8_t>(found[0][k]);
-    table->column[kErrorLow][k] = static_cast<uint8_t>(found[1][k]);
-    table->column[kErrorHigh][k] = static_cast<uint8_t>(found[1][k] >> 8);
-    table->column[kNormLow][k] = static_cast<uint8_t>(found[2][k]);
-    table->column[kNormHigh][k] = static_cast<uint8_t>(found[2][k] >> 8);
-    table->column[kChanged][k] = static_cast<uint8_t>(found[3][k]);
-  }
-  table->shift = shift;
-}
 
-ASCEND_V4_VBMI Totals quantize_row_vbmi(const uint8_t* codes, const uint8_t* scale, int64_t inputs, int exponent,
-                                        const Scale& by, int8_t* out) {
-  CodeTable tables[kTables];
-  for (CodeTable& table : tables) table.shift = 1;
-  const __m512i zero = _mm512_setzero_si512();
-  __m512i sums[kColumns];
-  for (__m512i& sum : sums) sum = zero;
-  for (int64_t k = 0, block = 0; k < inputs; k += kBlock, ++block) {
-    const int shift = block_shift(scale[block], exponent);
-    CodeTable* table = &tables[-shift % kTables];
-    if (table->shift != shift) fill_table(shift, by, table);
-    for (int64_t from = k; from < k + kBlock && from < inputs; from += 64) {
-      const __mmask64 inside = inputs - from >= 64 ? ~__mmask64{0} : (__mmask64{1} << (inputs - from)) - 1;
-      const __m512i index = _mm512_maskz_loadu_epi8(inside, codes + from);
-      __m512i found[kColumns];
-      for (int column = 0; column < kColumns; ++column)
-        found[column] = _mm512_permutex2var_epi8(_mm512_load_si512(table->column[column]), index,
-                                                 _mm512_load_si512(table->column[column] + 64));
-      const __m512i code = found[kCode];
-      const __m512i with_sign = _mm512_mask_sub_epi8(code, _mm512_movepi8_mask(index), zero, code);
-      _mm512_mask_storeu_epi8(out + from, inside, with_sign);
-      for (int column = kErrorLow; column < kColumns; ++column)
-        sums[column] = _mm512_add_epi64(sums[column], _mm512_sad_epu8(found[column], zero));
+  // Block scales that the next rows share.
+  void start_band(const uint8_t* band_scale, int64_t blocks) {
+    scale = band_scale;
+    bool seen[256] = {};
+    num_distinct = 0;
+    for (int64_t block = 0; block < blocks; ++block) {
+      if (!seen[scale[block]]) distinct[num_distinct++] = scale[block];
+      seen[scale[block]] = true;
     }
   }
-  const auto added = [&](Column column) ASCEND_V4_VBMI {
-    return static_cast<uint64_t>(_mm512_reduce_add_epi64(sums[column]));
-  };
+};
+
+// The next 64 codes that a row with this many left still has.
+ASCEND_V4_INLINE uint64_t inside_row(int64_t left) {
+  return left >= 64 ? ~uint64_t{0} : left > 0 ? (uint64_t{1} << left) - 1 : 0;
+}
+
+// As find_largest.
+ASCEND_V4_VBMI bool find_largest_vbmi(const uint8_t* codes, int64_t inputs, Tables* tables, float* largest,
+                                      int* exponent) {
+  const __m512i magnitude = _mm512_set1_epi8(0x7f);
+  for (int i = 0; i < tables->num_distinct; ++i)
+    _mm512_store_si512(tables->most[tables->distinct[i]], _mm512_setzero_si512());
+  for (int64_t k = 0, block = 0; k < inputs; k += kBlock, ++block) {
+    uint8_t* most = tables->most[tables->scale[block]];
+    const __m512i low = _mm512_maskz_loadu_epi8(inside_row(inputs - k), codes + k);
+    const __m512i high = _mm512_maskz_loadu_epi8(inside_row(inputs - k - 64), codes + k + 64);
+    const __m512i larger = _mm512_max_epu8(_mm512_and_si512(low, magnitude), _mm512_and_si512(high, magnitude));
+    _mm512_store_si512(most, _mm512_max_epu8(larger, _mm512_load_si512(most)));
+  }
+  uint8_t most_of[256];
+  int top = -1;
+  for (int i = 0; i < tables->num_distinct; ++i) {
+    const __m512i wide = _mm512_load_si512(tables->most[tables->distinct[i]]);
+    const __m256i half = _mm256_max_epu8(_mm512_castsi512_si256(wide), _mm512_extracti64x4_epi64(wide, 1));
+    const __m128i quarter = _mm_max_epu8(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    // The least of the complements, once each byte met its neighbour.
+    const __m128i pairs = _mm_max_epu8(quarter, _mm_srli_epi16(quarter, 8));
+    const __m128i rest = _mm_sub_epi16(_mm_set1_epi16(255), _mm_and_si128(pairs, _mm_set1_epi16(255)));
+    most_of[i] = static_cast<uint8_t>(255 - _mm_extract_epi16(_mm_minpos_epu16(rest), 0));
+    if (most_of[i] == kFp8Nan) return false;
+    if (most_of[i] != 0 && tables->distinct[i] > top) top = tables->distinct[i];
+  }
+  *largest = 0;
+  *exponent = top < 0 ? 0 : top - 127;
+  for (int i = 0; i < tables->num_distinct; ++i) {
+    if (most_of[i] == 0) continue;
+    const int shift = block_shift(tables->distinct[i], *exponent);
+    const float value = code_value(most_of[i]) * static_cast<float>(power_of_two(shift));
+    *largest = value > *largest ? value : *largest;
+  }
+  return true;
+}
+
+// The octave of the largest number, counted as codes do: 1 for code 8. 0 for a row of zeros.
+int octave_of(float largest) {
+  uint32_t bits;
+  std::memcpy(&bits, &largest, sizeof(bits));
+  return largest == 0 ? 0 : static_cast<int>(bits >> 23) - 127 + 7;
+}
+
+ASCEND_V4_VBMI ASCEND_V4_INLINE void store_bytes(__m512i numbers, void* to) {
+  _mm_storeu_si128(static_cast<__m128i*>(to), _mm512_cvtepi32_epi8(numbers));
+}
+
+// Fills the octaves from `top` down.
+ASCEND_V4_VBMI void fill_tables(int top, const Scale& by, Tables* tables) {
+  F16 value;
+  for (int lane = 0; lane < kLanes; ++lane)
+    value[lane] = static_cast<float>((8 + lane % kOctave) * power_of_two(top - 10 - (lane < kOctave)));
+  F16 quotient = value / by.whole;
+  for (int at = kBelow + (kOctaves - 2) * kOctave; at >= kBelow; at -= kLanes) {
+    Quantized result;
+    quantize(value, quotient, by, &result);
+    const __m512i left = (__m512i)whole(result.left);
+    store_bytes((__m512i)(whole(result.code) | result.changed << 7), tables->code + at);
+    store_bytes(_mm512_srai_epi32(left, kLowBits), tables->left_high + at);
+    store_bytes(_mm512_and_si512(left, _mm512_set1_epi32(kLowParts - 1)), tables->left_low + at);
+    // Two octaves down. Quotients halve exactly with their values.
+    value *= 0.25f;
+    quotient *= 0.25f;
+  }
+}
+
+// A table as blocks read it whose code 8 lies at 8 from here.
+ASCEND_V4_VBMI ASCEND_V4_INLINE void spread_table(const void* table, int64_t here, uint8_t (*halves)[64]) {
+  // Codes 1, 2 and 3, and 4 to 7 are numbers of the three octaves before code 8's; code 0 is zero.
+  const __m512i small = _mm512_castsi128_si512(_mm_setr_epi8(0, 0, 8, 12, 16, 18, 20, 22, 0, 0, 0, 0, 0, 0, 0, 0));
+  const uint8_t* from = static_cast<const uint8_t*>(table) + here;
+  const __m512i codes = _mm512_maskz_loadu_epi8(~__mmask64{1}, from);
+  _mm512_store_si512(halves[0],
+                     _mm512_mask_permutexvar_epi8(codes, 0xfe, small, _mm512_loadu_si512(from - 2 * kOctave)));
+  _mm512_store_si512(halves[1], _mm512_loadu_si512(from + 64));
+}
+
+// As quantize_row.
+ASCEND_V4_VBMI Totals quantize_row_vbmi(const uint8_t* codes, int64_t inputs, float largest, int exponent,
+                                        const Scale& by, Tables* tables, int8_t* out) {
+  const int top = octave_of(largest);
+  fill_tables(top, by, tables);
+  for (int i = 0; i < tables->num_distinct; ++i) {
+    const uint8_t scale = tables->distinct[i];
+    const int64_t wanted = kBelow + (block_shift(scale, exponent) - top + kOctaves - 1) * kOctave;
+    const int64_t here = wanted < 2 * kOctave ? 2 * kOctave : wanted;
+    spread_table(tables->code, here, tables->of_scale[scale]);
+    spread_table(tables->left_high, here, tables->of_scale[scale] + 2);
+    spread_table(tables->left_low, here, tables->of_scale[scale] + 4);
+  }
+  const __m512i zero = _mm512_setzero_si512();
+  __m512i code_code = zero, code_high = zero, code_low = zero, high_high = zero, high_low = zero, low_low = zero;
+  const int64_t ahead = inputs > kPrefetchBytes ? inputs : kPrefetchBytes;
   Totals totals;
-  totals.error = added(kErrorLow) + (added(kErrorHigh) << 8);
-  totals.norm = added(kNormLow) + (added(kNormHigh) << 8);
-  totals.changed = added(kChanged);
+  for (int64_t k = 0, block = 0; k < inputs; k += kBlock, ++block) {
+    const uint8_t(*table)[64] = tables->of_scale[tables->scale[block]];
+    const auto look_up = [&](int first, __m512i index) ASCEND_V4_VBMI {
+      return _mm512_permutex2var_epi8(_mm512_load_si512(table[first]), index, _mm512_load_si512(table[first + 1]));
+    };
+    for (int64_t from = k; from < k + kBlock && from < inputs; from += 64) {
+      _mm_prefetch(reinterpret_cast<const char*>(codes + from + ahead), _MM_HINT_T0);
+      const __mmask64 inside = inside_row(inputs - from);
+      const __m512i index = _mm512_maskz_loadu_epi8(inside, codes + from);
+      const __m512i found = look_up(0, index), high = look_up(2, index), low = look_up(4, index);
+      const __m512i code = _mm512_and_si512(found, _mm512_set1_epi8(0x7f));
+      totals.changed += __builtin_popcountll(_mm512_movepi8_mask(found));
+      code_code = _mm512_dpbusd_epi32(code_code, code, code);
+      code_high = _mm512_dpbusd_epi32(code_high, code, high);
+      code_low = _mm512_dpbusd_epi32(code_low, code, low);
+      high_high = _mm512_dpbusd_epi32(high_high, _mm512_abs_epi8(high), _mm512_abs_epi8(high));
+      high_low = _mm512_dpbusd_epi32(high_low, low, high);
+      low_low = _mm512_dpbusd_epi32(low_low, low, low);
+      const __m512i with_sign = _mm512_mask_sub_epi8(code, _mm512_movepi8_mask(index), zero, code);
+      _mm512_mask_storeu_epi8(out + from, inside, with_sign);
+    }
+  }
+  const auto sum = [](__m512i lanes) ASCEND_V4_VBMI { return int64_t{_mm512_reduce_add_epi32(lanes)}; };
+  totals.code_code = sum(code_code);
+  totals.code_left = sum(code_high) * kLowParts + sum(code_low);
+  totals.left_left = sum(high_high) * (kLowParts * kLowParts) + sum(high_low) * (2 * kLowParts) + sum(low_low);
   return totals;
 }
 
-bool has_vbmi() { return __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512dq"); }
-
 #else
 
-constexpr auto quantize_row_vbmi = quantize_row;
-bool has_vbmi() { return false; }
+// Nothing but the scales of the row's blocks.
+struct Tables {
+  const uint8_t* scale = nullptr;
+  static constexpr bool vbmi = false;
+
+  void start_band(const uint8_t* band_scale, int64_t) { scale = band_scale; }
+};
+
+bool find_largest_vbmi(const uint8_t*, int64_t, Tables*, float*, int*) { return false; }
+
+Totals quantize_row_vbmi(const uint8_t*, int64_t, float, int, const Scale&, Tables*, int8_t*) { return {}; }
 
 #endif
 
-int64_t fp8_row_to_int8(const uint8_t* codes, const uint8_t* scale, int64_t inputs, bool vbmi, int8_t* out,
-                        float* out_scale, double* stats) {
+int64_t fp8_row_to_int8(const uint8_t* codes, int64_t inputs, Tables* tables, int8_t* out, float* out_scale,
+                        double* stats) {
   float largest;
   int exponent;
-  if (!find_largest(codes, scale, inputs, &largest, &exponent)) return kNanCodeFound;
+  const bool sound = tables->vbmi ? find_largest_vbmi(codes, inputs, tables, &largest, &exponent)
+                                  : find_largest(codes, tables->scale, inputs, &largest, &exponent);
+  if (!sound) return kNanCodeFound;
   const float stored = row_scale(largest, exponent);
   if (std::isinf(stored)) return kScaleTooLarge;
   *out_scale = stored;
   const Scale by = split(in_weights(stored, -exponent));
-  add_stats((vbmi ? quantize_row_vbmi : quantize_row)(codes, scale, inputs, exponent, by, out), stored, stats);
+  add_stats(tables->vbmi ? quantize_row_vbmi(codes, inputs, largest, exponent, by, tables, out)
+                         : quantize_row(codes, tables->scale, inputs, exponent, by, out),
+            stored, stats);
   return -1;
 }
 
@@ -386,15 +512,19 @@ extern "C" {
 void ascend_v4_fp8_to_int8(const uint8_t* codes, const uint8_t* scale, int64_t rows, int64_t inputs,
                            int64_t first_row, int8_t* out, float* out_scale, double* stats, int64_t* problem) {
   const int64_t blocks = (inputs + kBlock - 1) / kBlock;
-  const bool vbmi = has_vbmi();
   for (int i = 0; i < kStats; ++i) stats[i] = 0;
   *problem = -1;
+  Tables tables;
   for (int64_t n = 0; n < rows; ++n) {
-    const uint8_t* block_scale = scale + (first_row + n) / kBlock * blocks;
-    const int64_t wrong = has_nan_scale(block_scale, blocks)
-                              ? static_cast<int64_t>(kNanScaleFound)
-                              : fp8_row_to_int8(codes + n * inputs, block_scale, inputs, vbmi, out + n * inputs,
-                                                out_scale + n, stats);
+    const int64_t band = (first_row + n) / kBlock;
+    if (n == 0 || (first_row + n) % kBlock == 0) {
+      if (has_nan_scale(scale + band * blocks, blocks)) {
+        *problem = 4 * n + kNanScaleFound;
+        return;
+      }
+      tables.start_band(scale + band * blocks, blocks);
+    }
+    const int64_t wrong = fp8_row_to_int8(codes + n * inputs, inputs, &tables, out + n * inputs, out_scale + n, stats);
     if (wrong >= 0) {
       *problem = 4 * n + wrong;
       return;
