@@ -264,6 +264,9 @@ class Operator(Generic[P, R]):
         return sizes
 
 
+LAST_PROVIDER = "aten"
+"""Plain torch on a device: a candidate of its own that comes after all others."""
+
 CATALOG: dict[str, Operator[Any, Any]] = {}
 """Every declared operator by name. Filled while contracts are imported, read-only afterwards."""
 
@@ -357,23 +360,27 @@ def implements(
             raise ContractError(
                 f"{declared.name} on {backend}/{provider}: a tolerance of its own needs `because`"
             )
-        declared.implementations.append(
-            Implementation(
-                backend=backend,
-                provider=provider,
-                call=call,
-                unusable=unusable,
-                needs=needs,
-                tolerance=tolerance or declared.tolerance,
-                because=because,
-                plan=plan or declared.plan,
-                prepare=prepare or declared.prepare,
-                storage=storage or declared.storage,
-                limits=limits,
-                too_slow=too_slow,
-                capturable=capturable,
-            )
+        made = Implementation(
+            backend=backend,
+            provider=provider,
+            call=call,
+            unusable=unusable,
+            needs=needs,
+            tolerance=tolerance or declared.tolerance,
+            because=because,
+            plan=plan or declared.plan,
+            prepare=prepare or declared.prepare,
+            storage=storage or declared.storage,
+            limits=limits,
+            too_slow=too_slow,
+            capturable=capturable,
         )
+        later = [one for one in declared.implementations if one.provider == LAST_PROVIDER]
+        if later and provider != LAST_PROVIDER:
+            # whatever file was imported first
+            declared.implementations.insert(declared.implementations.index(later[0]), made)
+        else:
+            declared.implementations.append(made)
         return call
 
     return register

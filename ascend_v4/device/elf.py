@@ -34,7 +34,7 @@ def _exported(data: mmap.mmap, path: Path) -> frozenset[bytes]:
             if kind == DYNSYM:
                 strings = sections[link]
                 names |= _names(data[start : start + num_bytes], data[strings[4] : strings[4] + strings[5]])
-    except (struct.error, IndexError) as error:
+    except (struct.error, IndexError, OverflowError) as error:
         raise ValueError(f"{path} is cut short or damaged: {error}") from None
     return frozenset(names)
 

@@ -61,6 +61,8 @@ LIMITS = (
     Limit(size="topk", low=1, high=2048, source=f"{DOC}: sparse_count"),
     *KEY_BLOCKS,
 )
+LIMITS_WITH_PLAN_950 = (*LIMITS, Limit(size="topk", choices=(512, 1024), source=f"{DOC}: 950"))
+"""Of the kernels that take metadata."""
 
 NEAR_TIES = (
     "a code of a query may be the next one, and heads are weighted in float16 on A2 and A3: entries with "
@@ -294,7 +296,7 @@ def _register(
             backend="npu",
             provider=provider,
             needs=replace(needs, chips=tuple(chip for chip in kind if chip in chips)),
-            limits=LIMITS,
+            limits=LIMITS_WITH_PLAN_950 if kind is ONLY_950 and provider != TORCH_NPU else LIMITS,
             plan=plan,
             tolerance=tolerance,
             because=tolerance.why,

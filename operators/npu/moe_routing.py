@@ -76,6 +76,15 @@ def _hash_arguments(
     return torch.arange(len(token_ids_T), device=token_ids_T.device), rows_TK
 
 
+def _lacks_hash_table() -> str | None:
+    """Releases of torch_npu before 2.13 have the operator without hash routing."""
+    found = getattr(torch.ops.npu, "npu_moe_gating_top_k", None)
+    if found is None:
+        return None  # whether the operator is there is asked apart
+    names = {argument.name for argument in found.default._schema.arguments}
+    return None if "tid2eid" in names else "npu_moe_gating_top_k of this torch_npu has no hash routing"
+
+
 @implements(
     route_tokens,
     backend="npu",
@@ -144,6 +153,7 @@ def route_tokens_recipes(
     route_tokens,
     backend="npu",
     provider=TORCH_NPU,
+    unusable=_lacks_hash_table,
     needs=Needs(module=TORCH_NPU_MODULE, torch_operators=("npu::npu_moe_gating_top_k",)),
     limits=(MOST_EXPERTS,),
     capturable=True,

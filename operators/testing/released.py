@@ -13,13 +13,13 @@ from typing import Any
 
 from ascend_v4.device.soc import Chip
 from ascend_v4.operators.testing.cases import Case
-from ascend_v4.operators.testing.paged import ROPE_CHANNELS
+from ascend_v4.operators.testing.paged import CSA_RATIO, ROPE_CHANNELS
 from ascend_v4.operators.testing.recipe import Recipe
 
 NARROW, RELEASED = "vendor-", "released-"
 HEAD_CHANNELS = 512
 FIXED: Mapping[str, Mapping[str, Any]] = {
-    "sparse_attention": {"heads": 64, "width": HEAD_CHANNELS},
+    "sparse_attention": {"heads": 4, "width": HEAD_CHANNELS},
     "select_entries": {"heads": 64},
     # the narrowest that the compressor takes; its own width is the released one
     "compress": {"hidden": 1024, "width": HEAD_CHANNELS},
@@ -28,7 +28,11 @@ FIXED: Mapping[str, Mapping[str, Any]] = {
     "write_kv": {"width": HEAD_CHANNELS, "nope_dim": HEAD_CHANNELS - ROPE_CHANNELS},
 }
 """Arguments of the recipes' builders, by operator."""
+HEADS_OF_950 = 64
+"""Its attention takes 64 or 128; the others any multiple of 4, and few are quick."""
 TOPK = 512
+MOST_TOKENS_OF_950 = 64
+"""Longer batches with all heads take minutes on a CPU, and their layout is that of the shorter ones."""
 
 
 def at_released_widths(case: Case) -> Iterator[Case]:
@@ -41,9 +45,19 @@ def at_released_widths(case: Case) -> Iterator[Case]:
         return
     build = recipe.build
     assert isinstance(build, partial), recipe.name
-    settings = {**build.keywords, **fixed}
-    if settings.get("topk") is not None and case.operator.name == "sparse_attention":
-        settings["topk"] = TOPK
+    settings = _with_choices({**build.keywords, **fixed})
+    if case.operator.name == "sparse_attention" and case.target.chip is Chip.A950:
+        if sum(settings["counts"]) > MOST_TOKENS_OF_950:
+            return
+        settings["heads"] = HEADS_OF_950
     name = RELEASED + recipe.name.removeprefix(NARROW)
     widened: Recipe = replace(recipe, name=name, build=partial(build.func, **settings))
     yield replace(case, recipe=widened)
+
+
+def _with_choices(settings: dict[str, Any]) -> dict[str, Any]:
+    """As many entries kept as kernels take, of sequences long enough to have more."""
+    if settings.get("topk") is None:
+        return settings
+    further = TOPK * CSA_RATIO
+    return {**settings, "topk": TOPK, "starts": tuple(start + further for start in settings["starts"])}
