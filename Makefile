@@ -18,7 +18,7 @@ VENV_PYTHON := .venv/bin/python
 SETUP = $(PYTHON) tools/setup_env.py --torch-version "$(TORCH_VERSION)" --torch-args="$(TORCH_ARGS)"
 
 .DEFAULT_GOAL := help
-.PHONY: help python setup setup-dev demo test test-changed lint format typecheck bench wheel clean
+.PHONY: help python setup setup-dev demo test test-changed lint format typecheck bench wheel contract docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -37,8 +37,8 @@ setup-dev: python
 demo: setup ## make a small checkpoint, serve it, ask it one question
 	@$(VENV_PYTHON) tools/demo.py
 
-test: setup ## run every test but those marked slow
-	$(VENV_PYTHON) -m pytest -m "not slow" $(PYTEST_ARGS)
+test: setup ## run every test but those marked slow or contract
+	$(VENV_PYTHON) -m pytest -m "not slow and not contract" $(PYTEST_ARGS)
 
 test-changed: setup ## run the tests of files changed since the last commit
 	@$(VENV_PYTHON) tools/changed_tests.py $(PYTEST_ARGS)
@@ -63,7 +63,14 @@ wheel: setup ## build dist/*.whl
 	rm -rf build dist
 	$(VENV_PYTHON) -m pip wheel --no-deps --wheel-dir dist .
 
+contract: setup ## hold the Ascend adapters against the real torch_npu wheel, fetched once
+	$(VENV_PYTHON) -m tools.npu_contract.environment
+	$(VENV_PYTHON) -m pytest -m contract --require contract tests/npu $(PYTEST_ARGS)
+
+docs: setup ## write docs/operators.md
+	$(VENV_PYTHON) -m tools.operators_doc
+
 clean: ## remove what builds and tools left, and .venv
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .npu-contract build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find operators ascend_v4 tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -f operators/native/*.so
