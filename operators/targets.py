@@ -6,7 +6,15 @@ import importlib
 from typing import Any
 
 from ascend_v4.device.soc import Chip
-from ascend_v4.device.target import CPU, Arithmetic, Target, TargetRequest, parse_waived, require_device
+from ascend_v4.device.target import (
+    CPU,
+    Arithmetic,
+    Target,
+    TargetRequest,
+    named,
+    parse_waived,
+    require_device,
+)
 from ascend_v4.errors import ConfigError, DeviceError
 from ascend_v4.operators.contract import WAIVABLE
 
@@ -25,7 +33,7 @@ def open_target(asked: Target | TargetRequest | str) -> Target:
     require_device(asked.device)
     chip = _chip(asked)
     waived = parse_waived(asked.waive, WAIVABLE)
-    arithmetic = _arithmetic(asked.arithmetic)
+    arithmetic = named(Arithmetic, asked.arithmetic)
     masked = frozenset(name for group in asked.without for name in group.split(",") if name)
     if asked.device != "sim":
         ideal = arithmetic is Arithmetic.IDEAL
@@ -72,14 +80,4 @@ def _chip(asked: TargetRequest) -> Chip | None:
         return None
     if asked.device not in ("npu", "sim"):
         raise ConfigError(f"--chip is for npu and sim; --device is {asked.device}.")
-    known = {chip.value: chip for chip in Chip}
-    if asked.chip not in known:
-        raise ConfigError(f"chip {asked.chip!r} is unknown; choose one of {', '.join(known)}.")
-    return known[asked.chip]
-
-
-def _arithmetic(name: str) -> Arithmetic:
-    known = {each.value: each for each in Arithmetic}
-    if name not in known:
-        raise ConfigError(f"--sim-arithmetic {name!r} is unknown; choose one of {', '.join(known)}.")
-    return known[name]
+    return named(Chip, asked.chip)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from ascend_v4.device.soc import Chip
 from ascend_v4.errors import ConfigError
@@ -102,6 +102,19 @@ class TargetRequest:
 
 
 ON_CPU = TargetRequest()
+
+
+E = TypeVar("E", bound=Enum)
+
+
+def named(kind: type[E], value: E | str) -> E:
+    """A member of an enumeration by its value, or itself. Raises ConfigError for another value."""
+    if isinstance(value, kind):
+        return value
+    known = {str(each.value): each for each in kind}
+    if str(value).lower() not in known:
+        raise ConfigError(f"{kind.__name__.lower()} {value!r} is unknown; choose one of {', '.join(known)}.")
+    return known[str(value).lower()]
 
 
 def require_device(name: str) -> str:

@@ -7,8 +7,11 @@ leaves undefined is an error or poison here.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ascend_v4.device.soc import Chip
-from ascend_v4.device.target import Arithmetic
+from ascend_v4.device.target import Arithmetic, named, parse_waived
+from ascend_v4.operators.contract import WAIVABLE
 from ascend_v4.operators.npu.schemas import NAMESPACES
 from ascend_v4.operators.simulator import surface
 from ascend_v4.operators.simulator.binding import BINDING, declare, load_kernels
@@ -19,14 +22,21 @@ __all__ = ["declare", "install", "installed", "packages", "uninstall"]
 
 
 def install(
-    chip: Chip, *, waived: frozenset[str] = frozenset(), arithmetic: Arithmetic = Arithmetic.CHIP
+    chip: Chip | str,
+    *,
+    waived: Iterable[str] = (),
+    arithmetic: Arithmetic | str = Arithmetic.CHIP,
 ) -> None:
     """Makes this process look like a machine with one such chip; a second call changes the chip.
 
-    waived are names of `operators.contract.WAIVABLE`, whose fixed sizes the kernels then do not insist on.
+    chip and arithmetic may be given by value: "a3", "ideal". waived are names of
+    `operators.contract.WAIVABLE`, or "sizes" for all, whose fixed sizes the kernels then do not insist on.
     Internal formats (NZ) are allowed, as the device layer leaves a real process.
-    Raises SimulatorError where a real package is loaded or the machine has a card.
+    Raises ConfigError for a name that is not known, SimulatorError where a real package is loaded or the
+    machine has a card.
     """
+    chip, arithmetic = named(Chip, chip), named(Arithmetic, arithmetic)
+    waived = parse_waived((waived,) if isinstance(waived, str) else waived, WAIVABLE)
     surface.require_no_real_npu()
     load_kernels()
     for namespace in NAMESPACES:

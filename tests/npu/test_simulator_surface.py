@@ -11,9 +11,12 @@ import pytest
 import torch
 
 from ascend_v4.device.soc import Chip
-from ascend_v4.errors import SimulatorError
+from ascend_v4.device.target import Arithmetic
+from ascend_v4.errors import ConfigError, SimulatorError
 from ascend_v4.operators import simulator
+from ascend_v4.operators.contract import WAIVABLE
 from ascend_v4.operators.simulator import surface
+from ascend_v4.operators.simulator.state import SimulatedChip
 from ascend_v4.operators.testing.poison import poisoned_memory
 
 patched: Any = torch
@@ -188,3 +191,15 @@ def test_a_machine_with_a_card_is_refused(tmp_path):
     (tmp_path / "davinci0").touch()
     with pytest.raises(SimulatorError, match="Ascend card"):
         surface.require_no_real_npu(tmp_path)
+
+
+def test_chip_arithmetic_and_waived_sizes_may_be_given_by_name():
+    try:
+        simulator.install("A3", waived="sizes", arithmetic="ideal")
+        assert simulator.installed() == SimulatedChip(
+            chip=Chip.A3, arithmetic=Arithmetic.IDEAL, waived=frozenset(WAIVABLE)
+        )
+        with pytest.raises(ConfigError, match="chip 'a5' is unknown; choose one of a2, a3, 950"):
+            simulator.install("a5")
+    finally:
+        simulator.uninstall()
