@@ -99,6 +99,7 @@ setup(
         "ascend_v4.chat": ["*.json", "*.txt"],
         "ascend_v4.configs": ["model/*.yaml", "deploy/*.yaml"],
         "ascend_v4.repack": ["*.yaml"],
+        "ascend_v4.smoke": ["*.safetensors"],
         "ascend_v4.operators": ["status.yaml"],
         "ascend_v4.operators.npu.schemas": ["*.txt"],
     },

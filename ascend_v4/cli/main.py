@@ -28,6 +28,7 @@ VERBS = {
     "inspect": "Describe a checkpoint or a config.json and list what differs.",
     "devices": "What this machine can run on, and what keeps the rest from being used.",
     "ops": "Which implementation of each operator a device would run, and why not another.",
+    "smoke": "Check a device, from its operators to a conversation, with a report.",
     "repack": "Turn a checkpoint into what a chip runs, or check such an output.",
     "score": "Logits or logprobs of given tokens, written to a file.",
     "generate": "Answer one prompt or conversation, streamed.",
