@@ -6,6 +6,7 @@
 #   BENCH_ARGS     options for the benchmark, such as --checkpoint DIR
 #   REPACK_BENCH_ARGS  options for the benchmark of repack, such as --workspace DIR
 #   PYTEST_ARGS    options for pytest, such as -k name
+#   MUTATE_ARGS    options for mutate, such as --jobs 8, or names of mutations
 
 PYTHON ?= python3
 TORCH_VERSION ?= 2.13.0
@@ -13,12 +14,13 @@ TORCH_ARGS ?=
 BENCH_ARGS ?=
 REPACK_BENCH_ARGS ?=
 PYTEST_ARGS ?=
+MUTATE_ARGS ?=
 
 VENV_PYTHON := .venv/bin/python
 SETUP = $(PYTHON) tools/setup_env.py --torch-version "$(TORCH_VERSION)" --torch-args="$(TORCH_ARGS)"
 
 .DEFAULT_GOAL := help
-.PHONY: help python setup setup-dev demo test test-changed lint format typecheck bench wheel contract docs clean
+.PHONY: help python setup setup-dev demo test test-changed lint format typecheck bench wheel contract mutate docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -62,6 +64,9 @@ bench: setup ## compare speeds with transformers and with plain writes, write do
 wheel: setup ## build dist/*.whl
 	rm -rf build dist
 	$(VENV_PYTHON) -m pip wheel --no-deps --wheel-dir dist .
+
+mutate: setup ## flip layout assumptions of the Ascend adapters one by one, see that a test fails each time
+	$(VENV_PYTHON) -m tools.mutate $(MUTATE_ARGS)
 
 contract: setup ## hold the Ascend adapters against the real torch_npu wheel, fetched once
 	$(VENV_PYTHON) -m tools.npu_contract.environment

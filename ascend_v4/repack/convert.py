@@ -46,6 +46,9 @@ Smaller slabs stay in a nearer cache and cost more: between slabs Python runs wi
 the other threads' lock.
 """
 
+COPY_BYTES = 16 << 20
+"""Bytes handed on at once where bytes are copied, which takes no buffer."""
+
 RELEASED_BYTES = 64 << 20
 """Mapped source pages of one tensor that may pile up before they are let go."""
 
@@ -413,8 +416,8 @@ def _row_window(output: OutputTensor) -> tuple[int, int]:
 def _pieces(stored: Tensor) -> Iterator[memoryview]:
     """The bytes of a tensor in memory, a slab at a time, not copied."""
     raw = stored.reshape(-1).view(torch.uint8)
-    for first in range(0, len(raw), SLAB_BYTES):
-        yield _bytes(raw[first : first + SLAB_BYTES])
+    for first in range(0, len(raw), COPY_BYTES):
+        yield _bytes(raw[first : first + COPY_BYTES])
 
 
 def _bytes(slab: Tensor) -> memoryview:
