@@ -19,7 +19,7 @@ from ascend_v4.operators import simulator
 from tests.model.builders import token_ids
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "model"
-PACKS = {"a2": "w4a8", "a3": "w8a8", "950": None}
+PACKS = {"a3": "w8a8", "950": None}
 """What each chip is given; None: the release's own files, which the CPU then reads as mx."""
 PROMPT = 130
 """Tokens: completes an entry of every kind of layer and pushes the window on."""
