@@ -129,16 +129,18 @@ class CheckpointReader:
         Raises CheckpointError where no shard holds it whole.
         """
         stored = self.stored(name)
-        dtype = TORCH_DTYPES[stored.dtype]
+        return self.raw_bytes(name).view(TORCH_DTYPES[stored.dtype]).view(stored.shape)
+
+    def raw_bytes(self, name: str) -> torch.Tensor:
+        """A tensor's bytes as they lie in its file, uint8 of one axis; as `tensor` in all else."""
+        stored = self.stored(name)
         if stored.num_bytes == 0:
-            return torch.empty(stored.shape, dtype=dtype)
+            return torch.empty(0, dtype=torch.uint8)
         raw = torch.frombuffer(
             self._map(stored.file), dtype=torch.uint8, count=stored.num_bytes, offset=stored.offset_bytes
         )
-        if stored.offset_bytes % DTYPE_BYTES[stored.dtype]:
-            # kernels may assume that an element never straddles its natural boundary
-            raw = raw.clone()
-        return raw.view(dtype).view(stored.shape)
+        # kernels may assume that an element never straddles its natural boundary
+        return raw.clone() if stored.offset_bytes % DTYPE_BYTES[stored.dtype] else raw
 
     def release(self, name: str) -> None:
         """Let the system drop the pages of a tensor that was consumed; reading it again maps them anew.

@@ -62,7 +62,9 @@ class Journal:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             journal = cls(directory, descriptor, finished)
-            os.ftruncate(descriptor, kept_bytes)
+            if os.fstat(descriptor).st_size > kept_bytes:
+                # only then: some file systems write a file that was cut back when it is closed, and wait
+                os.ftruncate(descriptor, kept_bytes)
             os.lseek(descriptor, 0, os.SEEK_END)
             journal._append(b"" if kept_bytes else head)
             sync_directory(directory)

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 
+import torch
+
 from ascend_v4.errors import CheckpointError
 from ascend_v4.repack.config import RepackConfig
 from ascend_v4.repack.convert import ConversionRun, Scratch
@@ -119,6 +121,19 @@ def _prefetch_next(job: Job, part: Part, index: int) -> None:
         job.stored.prefetch(source.name for source in part.conversions[index + 1].sources)
 
 
+@contextmanager
+def _torch_threads_shared(workers: int) -> Iterator[int]:
+    """Threads that torch may use in each worker; afterwards as many as before in every new thread.
+
+    Were each to use all, the smallest of its operators would wait for cores that other workers hold.
+    """
+    before = torch.get_num_threads()
+    try:
+        yield max(1, before // workers)
+    finally:
+        torch.set_num_threads(before)
+
+
 @dataclass(slots=True)
 class _Run:
     """The threads of one run: workers take whole parts, one more thread syncs and renames behind them."""
@@ -143,7 +158,10 @@ class _Run:
         ahead = threading.Semaphore(num_threads)
         with (
             ThreadPoolExecutor(1, thread_name_prefix="repack-sync") as syncer,
-            ThreadPoolExecutor(num_threads, thread_name_prefix="repack") as workers,
+            _torch_threads_shared(num_threads) as each,
+            ThreadPoolExecutor(
+                num_threads, "repack", initializer=torch.set_num_threads, initargs=(each,)
+            ) as workers,
         ):
             try:
                 for future in [workers.submit(self._work, todo, syncer, ahead) for _ in range(num_threads)]:

@@ -6,8 +6,8 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterable
+from itertools import groupby
 
-import torch
 from torch import Tensor
 
 from ascend_v4.checkpoint.reader import CheckpointReader
@@ -26,8 +26,7 @@ class StoredTensors:
         """A tensor's bytes as they lie in its file, uint8 of one axis, sharing memory with the map."""
         self.require_unchanged([name])
         with self._lock:
-            stored = self._reader.tensor(name)
-        return stored.reshape(-1).view(torch.uint8)
+            return self._reader.raw_bytes(name)
 
     def file_of(self, name: str) -> str:
         """The shard that holds a tensor."""
@@ -45,16 +44,17 @@ class StoredTensors:
         """Have the system read these tensors while others are converted; only a hint."""
         if not hasattr(os, "posix_fadvise"):
             return
-        for name in names:
-            stored = self._reader.stored(name)
+        for file, ranges in groupby(map(self._reader.stored, names), key=lambda stored: stored.file):
             # what is wrong with a file is said when it is read
-            with (
-                contextlib.suppress(OSError),
-                (self._reader.directory / stored.file).open("rb") as stream,
-            ):
-                os.posix_fadvise(
-                    stream.fileno(), stored.offset_bytes, stored.num_bytes, os.POSIX_FADV_WILLNEED
-                )
+            with contextlib.suppress(OSError):
+                descriptor = os.open(f"{self._reader.directory}{os.sep}{file}", os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    for place in ranges:
+                        os.posix_fadvise(
+                            descriptor, place.offset_bytes, place.num_bytes, os.POSIX_FADV_WILLNEED
+                        )
+                finally:
+                    os.close(descriptor)
 
     def release(self, names: Iterable[str]) -> None:
         """Take the pages of consumed tensors out of this process; the page cache may keep them."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from ascend_v4.errors import CheckpointError, ConfigError
 from ascend_v4.repack.layouts import LayoutName, Ranks
 from ascend_v4.repack.manifest import read_manifest
+from ascend_v4.repack.pipeline import run_repack
 from ascend_v4.repack.recipes import RoundingChoice, Target
 from ascend_v4.repack.report import report_lines
 from tests.repack.packs import (
@@ -177,6 +180,18 @@ def test_output_does_not_depend_on_threads_or_time(source, tmp_path):
     repacked(source, tmp_path / "one", jobs=1)
     repacked(source, tmp_path / "many", jobs=5)
     assert tree(tmp_path / "one") == tree(tmp_path / "many")
+
+
+def test_workers_share_torchs_threads_and_give_them_back(source, tmp_path):
+    seen, before = set(), torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        config = config_of(source, tmp_path / "out", jobs=2)
+        run_repack(config, on_bytes=lambda num_bytes: seen.add(torch.get_num_threads()))
+        with ThreadPoolExecutor(1) as later:
+            assert (seen, later.submit(torch.get_num_threads).result()) == ({2}, 4)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_finished_output_has_nothing_of_the_run_in_it(source, tmp_path):
