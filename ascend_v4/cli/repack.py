@@ -36,8 +36,18 @@ DIRECTORY = click.Path(path_type=Path)
 @click.option(
     "--max-part-bytes", type=click.IntRange(1), help="Start a new file beyond this.  [default: 4 GB]"
 )
-@click.option("--jobs", type=click.IntRange(1, 256), help="Threads.  [default: one per processor]")
-@click.option("--device", type=click.Choice(["cpu", "cuda", "npu"]), default="cpu", show_default=True)
+@click.option(
+    "--jobs",
+    type=click.IntRange(1, 256),
+    help="Threads.  [default: one per processor; 4 on another device than cpu]",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda", "npu"]),
+    default="cpu",
+    show_default=True,
+    help="Where weights are converted. Another device than cpu is tried first: it must give the same bits.",
+)
 @click.option("--explain", is_flag=True, help="Print what the recipe does and why, and stop.")
 @click.option("--dry-run", is_flag=True, help="Print sizes and times, of all targets without --to, and stop.")
 @click.option("--verify", "verified", type=DIRECTORY, metavar="OUT", help="Check a finished output.")
@@ -171,7 +181,7 @@ def dry_run(source: str, out: Path | None, flags: Mapping[str, Any]) -> None:
     previews = [preview(config) for config in configs]
     place, free = free_bytes(output)
     threads = configs[0].num_threads
-    rates = measure_rates(previews, directory=place, threads=threads)
+    rates = measure_rates(previews, directory=place, threads=threads, device=flags["device"])
     estimates = [(each, estimate_seconds(each, rates)) for each in previews]
     if flags["as_json"]:
         rows = [{**each.summary(), "estimated_seconds": seconds} for each, seconds in estimates]

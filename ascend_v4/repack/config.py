@@ -15,10 +15,10 @@ from ascend_v4.repack.recipes import RoundingChoice, Target
 
 MAX_JOBS = 256
 
-_NOT_HERE = {
-    "cuda": "this version has no repack kernels for CUDA, and the disk is slower than the CPU's",
-    "npu": "an Ascend has no FP4 or FP8 to read before the 950, and its host's CPU is faster than the disk",
-}
+DEVICES = ("cpu", "cuda", "npu")
+DEVICE_JOBS = 4
+"""Threads that share a device unless more are asked for: each has some 600 MB of it, and hashing and writing
+go on meanwhile."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,20 +38,26 @@ class RepackConfig:
     ranks: Ranks | None = None
     max_part_bytes: int = DEFAULT_PART_BYTES
     jobs: int | None = None
-    """Threads; None is one per processor this process may use. The output does not depend on it."""
+    """Threads; None is one per processor this process may use, and DEVICE_JOBS at most on another device than
+    the CPU. The output does not depend on it."""
     device: str = "cpu"
+    """Where weights are converted, one of DEVICES. The output does not depend on it."""
 
     def __post_init__(self) -> None:
         if self.jobs is not None and not 1 <= self.jobs <= MAX_JOBS:
             raise ConfigError(f"--jobs is {self.jobs}; it must be in [1, {MAX_JOBS}].")
-        if self.device != "cpu":
-            why = _NOT_HERE.get(self.device, "there is no such device")
-            raise ConfigError(f"repack does not run on {self.device!r}: {why}. Use --device cpu.")
+        if self.device not in DEVICES:
+            known = ", ".join(DEVICES)
+            raise ConfigError(
+                f"--device {self.device!r:.40} does not convert weights; choose one of {known}."
+            )
 
     @property
     def num_threads(self) -> int:
         """Threads to use, at most; a part is one thread's."""
-        return default_threads() if self.jobs is None else self.jobs
+        if self.jobs is not None:
+            return self.jobs
+        return default_threads() if self.device == "cpu" else min(DEVICE_JOBS, default_threads())
 
     def options(self, recipe_name: str) -> dict[str, Any]:
         """What decides the output's bytes beside the source, as the manifest keeps it."""

@@ -15,7 +15,7 @@ from ascend_v4.checkpoint.reader import CheckpointReader
 from ascend_v4.checkpoint.shards import StoredFiles, scan_shards
 from ascend_v4.config import ModelConfig, parse_model_config, read_config_fields
 from ascend_v4.errors import CheckpointError
-from ascend_v4.operators.select import OperatorTable, select
+from ascend_v4.operators.select import OperatorTable
 from ascend_v4.repack.config import RepackConfig
 from ascend_v4.repack.files import parse_json, read_bounded
 from ascend_v4.repack.layouts import (
@@ -27,6 +27,7 @@ from ascend_v4.repack.layouts import (
     restore_release_fields,
 )
 from ascend_v4.repack.layouts.base import MAX_COPIED_BYTES
+from ascend_v4.repack.on_device import operators_for
 from ascend_v4.repack.plan import RepackPlan, plan_outputs
 from ascend_v4.repack.recipes import Target, WeightForm, load_recipe
 from ascend_v4.repack.source import SourceFiles
@@ -137,7 +138,10 @@ def open_source(directory: Path, *, target: Target) -> OpenSource:
 
 
 def plan_job(config: RepackConfig) -> Job:
-    """Open the source and decide everything. Raises CheckpointError, ConfigError; writes nothing."""
+    """Open the source and decide everything; writes nothing.
+
+    Raises CheckpointError, ConfigError, DeviceError for a device that is not there or gives other bits.
+    """
     source = open_source(config.source, target=config.target)
     inputs = DocumentInputs(config_fields=source.fields, source=source.stamps.facts(), ranks=config.ranks)
     layout = lay_out(config, source.config, source.files.tensors, inputs, described=source.described)
@@ -150,7 +154,7 @@ def plan_job(config: RepackConfig) -> Job:
         parts=layout.parts,
         documents=layout.documents,
         copied=copied_files(config.source),
-        table=select("cpu"),
+        table=operators_for(config.device, layout.plan.conversions),
     )
 
 

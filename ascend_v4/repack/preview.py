@@ -24,12 +24,13 @@ from ascend_v4.checkpoint.index import DTYPE_BYTES, expected_tensors
 from ascend_v4.checkpoint.shards import find_shards
 from ascend_v4.config import parse_model_config, read_config_fields, resolve_config_path
 from ascend_v4.errors import CheckpointError
-from ascend_v4.operators.select import OperatorTable, select
+from ascend_v4.operators.select import OperatorTable
 from ascend_v4.repack.config import RepackConfig
 from ascend_v4.repack.convert import ConversionRun, Scratch
 from ascend_v4.repack.files import write_fully
 from ascend_v4.repack.job import LaidOut, lay_out, open_source
 from ascend_v4.repack.layouts import DocumentInputs, copied_files, disk_bytes
+from ascend_v4.repack.on_device import operators_for
 from ascend_v4.repack.plan import Action, Conversion, plan_totals
 from ascend_v4.repack.source_forms import SourceTensor, TensorKind
 
@@ -98,12 +99,14 @@ def preview(config: RepackConfig) -> Preview:
     return Preview(config=config, laid_out=laid_out, needed_bytes=needed)
 
 
-def measure_rates(previews: Iterable[Preview], *, directory: Path, threads: int) -> dict[Action, float]:
+def measure_rates(
+    previews: Iterable[Preview], *, directory: Path, threads: int, device: str = "cpu"
+) -> dict[Action, float]:
     """Output bytes per second of every action in some previews: made, hashed and written into a directory.
 
     All threads work at once, each into a file without a name. Source pages are in memory already, and no sync
     is waited for: a slow disk makes the real run slower. Raises CheckpointError where nothing can be written
-    there.
+    there, DeviceError where the device cannot convert.
     """
     samples: dict[Action, Conversion] = {}
     for each in previews:
@@ -111,7 +114,7 @@ def measure_rates(previews: Iterable[Preview], *, directory: Path, threads: int)
             known = samples.get(item.action)
             if known is None or prod(item.shape) > prod(known.shape):
                 samples[item.action] = item
-    table = select("cpu")
+    table = operators_for(device, samples.values())
     return {
         action: _measure(_small(item), table, directory=directory, threads=threads)
         for action, item in samples.items()

@@ -131,7 +131,7 @@ def test_explain_without_a_target_covers_all(run_cli):
         (["--source", "SOURCE"], "--source goes with --verify"),
         (["SOURCE", "--verify", "OUT"], "takes no other directory"),
         (["--explain", "--recipe", "cann"], "--recipe goes with --to"),
-        (["SOURCE", "OUT", "--to", "mx", "--device", "npu"], "does not run on 'npu'"),
+        (["SOURCE", "OUT", "--to", "mx", "--device", "tpu"], "'tpu' is not one of"),
         (["SOURCE", "OUT", "--to", "mx", "--recipe", "cann"], "there is no recipe 'cann'"),
         (["SOURCE", "OUT", "--to", "mx", "--keep", "fp8=*"], "is not bf16=PATTERN"),
         (["SOURCE", "OUT", "--to", "w8a8", "--keep", "bf16=nothing"], "matches no weight"),

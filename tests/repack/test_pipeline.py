@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from ascend_v4.errors import CheckpointError, ConfigError
+from ascend_v4.errors import CheckpointError
 from ascend_v4.repack.layouts import LayoutName, Ranks
 from ascend_v4.repack.manifest import read_manifest
 from ascend_v4.repack.pipeline import run_repack
@@ -223,11 +223,6 @@ def test_pack_cut_over_ranks_is_no_source(source, tmp_path):
     repacked(source, tmp_path / "ranks", ranks=Ranks(tp=1, ep=2))
     with pytest.raises(CheckpointError, match="divided over ranks"):
         repacked(tmp_path / "ranks", tmp_path / "out", Target.RELEASE)
-
-
-def test_other_devices_are_refused_with_a_reason(source, tmp_path):
-    with pytest.raises(ConfigError, match="no repack kernels for CUDA"):
-        config_of(source, tmp_path / "out", device="cuda")
 
 
 def test_table_says_copied_or_counts_per_part_of_the_model(source, tmp_path):
