@@ -19,7 +19,11 @@ DIRECTORY = click.Path(path_type=Path)
 @click.argument("source", metavar="[SRC]", required=False)
 @click.argument("out", metavar="[OUT]", required=False, type=DIRECTORY)
 @click.option("--to", "target", type=click.Choice(TARGETS), help="What the output is for: see --explain.")
-@click.option("--recipe", help="Which weights become what; each target has a default.")
+@click.option(
+    "--recipe",
+    metavar="NAME",
+    help="Which weights become what: accurate (the default), modelslim or cann for w8a8 and w4a8.",
+)
 @click.option(
     "--rounding",
     type=click.Choice(["exact", "absmax"]),

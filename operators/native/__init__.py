@@ -13,6 +13,7 @@ from ascend_v4.env import CPU_KERNELS
 from ascend_v4.operators.contract import Needs
 
 MISSING = "the native extension was not built: install with a C++ compiler at hand to get it"
+REBUILD = "install this package again"
 NEEDS = Needs(module="ascend_v4.operators.native._cpu")
 MAX_STREAMS = 64
 
@@ -62,11 +63,16 @@ def library_path() -> Path | None:
 
 @functools.cache
 def cpu_kernels() -> ctypes.CDLL:
-    """The compiled CPU kernels. Raises OSError where they were not built: ask `cpu_unusable` first."""
+    """The compiled CPU kernels. Raises OSError where they were not built, were built from other sources or
+    cannot be loaded: ask `cpu_unusable` first.
+    """
     path = library_path()
     if path is None:
         raise OSError(MISSING)
     library = ctypes.CDLL(str(path))
+    absent = [name for name in SIGNATURES if not hasattr(library, name)]
+    if absent:
+        raise OSError(f"{path.name} was built from other sources and lacks {absent[0]}: {REBUILD}")
     for name, parameters in SIGNATURES.items():
         kernel = getattr(library, name)
         kernel.argtypes, kernel.restype = parameters, None
@@ -77,4 +83,10 @@ def cpu_unusable() -> str | None:
     """Why the CPU kernels cannot be used, or None."""
     if not CPU_KERNELS.read():
         return f"{CPU_KERNELS.name} is 0"
-    return None if library_path() is not None else MISSING
+    if library_path() is None:
+        return MISSING
+    try:
+        cpu_kernels()
+    except OSError as error:
+        return str(error)
+    return None

@@ -95,12 +95,39 @@ def test_naming_native_where_it_is_switched_off_is_an_error(monkeypatch):
         select("cpu", named={"rms_norm": "native"})
 
 
-def test_loading_a_missing_extension_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(native, "library_path", lambda: None)
+@pytest.fixture
+def fresh_kernels():
     native.cpu_kernels.cache_clear()
+    yield
+    native.cpu_kernels.cache_clear()
+
+
+def test_loading_a_missing_extension_says_what_to_do(monkeypatch, fresh_kernels):
+    monkeypatch.setattr(native, "library_path", lambda: None)
     with pytest.raises(OSError, match="install with a C\\+\\+ compiler"):
         native.cpu_kernels()
-    native.cpu_kernels.cache_clear()
+
+
+def test_an_extension_of_other_sources_is_refused_with_what_to_do(monkeypatch, fresh_kernels):
+    if native.library_path() is None:
+        pytest.skip(native.MISSING)
+    monkeypatch.delenv("ASCEND_V4_CPU_KERNELS", raising=False)
+    monkeypatch.setitem(native.SIGNATURES, "ascend_v4_of_tomorrow", ())
+    choice = select("cpu").choices["rms_norm"]
+    assert choice.provider != "native"
+    assert "lacks ascend_v4_of_tomorrow: install this package again" in choice.refused[0]
+
+
+def test_an_extension_that_cannot_be_loaded_is_refused_with_the_loaders_words(
+    monkeypatch, tmp_path, fresh_kernels
+):
+    monkeypatch.delenv("ASCEND_V4_CPU_KERNELS", raising=False)
+    damaged = tmp_path / "_cpu.so"
+    damaged.write_bytes(b"not a library")
+    monkeypatch.setattr(native, "library_path", lambda: damaged)
+    choice = select("cpu").choices["rms_norm"]
+    assert choice.provider != "native"
+    assert str(damaged) in choice.refused[0]
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 9])
