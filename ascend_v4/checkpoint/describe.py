@@ -15,7 +15,8 @@ from ascend_v4.checkpoint.compare import Comparison, compare
 from ascend_v4.checkpoint.index import Role, Specs, expected_tensors
 from ascend_v4.checkpoint.names import is_mtp
 from ascend_v4.checkpoint.pack import Pack, PackedForm, find_pack, pack_tensors, require_unrotated
-from ascend_v4.checkpoint.shards import Problem, StoredFiles, find_shards, scan_shards
+from ascend_v4.checkpoint.rank_sets import scan_pack
+from ascend_v4.checkpoint.shards import Problem, StoredFiles, find_shards
 from ascend_v4.config import LayerKind, ModelConfig, resolve_config_path
 
 _ABSENT_KINDS = ("missing", "missing scale")
@@ -49,8 +50,9 @@ def examine(path: str | Path) -> Description:
     files: StoredFiles | None = None
     comparison: Comparison | None = None
     damage: tuple[Problem, ...] = ()
-    if place.is_dir() and find_shards(place):
-        files = scan_shards(place)
+    is_divided = pack is not None and pack.ranks is not None
+    if place.is_dir() and (is_divided or find_shards(place)):
+        files = scan_pack(place, pack)
         if pack is not None:
             require_unrotated(place, pack, files.tensors)
             specs = pack_tensors(config, pack, files.tensors)
@@ -73,12 +75,15 @@ def examine(path: str | Path) -> Description:
         }
         if pack is None
         else _pack_formats(specs, pack),
-        "pack": None
-        if pack is None
-        else {"layout": pack.layout.value, "scheme": pack.scheme.value, "recipe": pack.recipe},
+        "pack": None if pack is None else _pack_facts(pack),
         "ignored_fields": list(config.unknown_fields),
     }
     return Description(summary=summary, damage=damage)
+
+
+def _pack_facts(pack: Pack) -> dict[str, object]:
+    ranks = None if pack.ranks is None else {"tp": pack.ranks.tp, "ep": pack.ranks.ep}
+    return {"layout": pack.layout.value, "scheme": pack.scheme.value, "recipe": pack.recipe, "ranks": ranks}
 
 
 def _pack_formats(specs: Specs, pack: Pack) -> dict[str, str]:

@@ -2,8 +2,8 @@
 
 Two layouts: native (`ascend_v4.json`) and ModelSlim (`quant_model_description.json`, also by other tools).
 The description decides how a weight is stored, never its name or looks. What cannot be run rightly is
-refused: rotated weights, shares of a rank, unfinished outputs, types this version does not know. Standard
-library only.
+refused: rotated weights, the share of a single rank, unfinished outputs, types this version does not know.
+The shares of all ranks are joined by rank_sets.py. Standard library only.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from ascend_v4.errors import CheckpointError
 MAX_DESCRIPTION_BYTES = 1 << 28
 """An entry per tensor; that of Pro has some tens of megabytes."""
 MAX_NESTING = 16
+MAX_RANKS = 1024
+MAX_FOLDER_CHARACTERS = 255
 SHOWN_NAMES = 3
 PACK_FORMAT, PACK_VERSION = "ascend_v4", 1
 BIAS_PARTS = 16
@@ -80,6 +82,18 @@ class PackedWeight:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RankFolders:
+    """The folders over which a native pack is divided."""
+
+    tp: int
+    ep: int
+    folders: tuple[str, ...]
+    """By rank, `ep` of them, directly below the pack's directory."""
+    shared: Mapping[str, Any]
+    """Keys of ascend_v4.json that the description of every rank repeats."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Pack:
     """What a description says."""
 
@@ -88,6 +102,8 @@ class Pack:
     forms: Mapping[str, PackedForm]
     """By weight name; of ModelSlim packs also by the names of other tensors."""
     recipe: str | None = None
+    ranks: RankFolders | None = None
+    """Where the tensors lie in slices; None where the directory itself holds them whole."""
 
     def weight(self, name: str) -> PackedWeight:
         """How a weight is stored. Raises CheckpointError where the description does not say."""
@@ -136,14 +152,17 @@ def find_pack(directory: Path) -> Pack | None:
             "directory of its own."
         )
     if has_native:
-        return _native(directory / PACK_FILE, _read_description(directory / PACK_FILE))
+        return _native(directory / PACK_FILE, read_description(directory / PACK_FILE))
     if has_modelslim:
-        return _modelslim(directory / DESCRIPTION_FILE, _read_description(directory / DESCRIPTION_FILE))
+        return _modelslim(directory / DESCRIPTION_FILE, read_description(directory / DESCRIPTION_FILE))
     return None
 
 
 def require_finished(directory: Path) -> None:
-    """Raise CheckpointError for the output of a repack that was interrupted; it may lack its config yet."""
+    """Raise CheckpointError for the output of a repack that was interrupted; it may lack its config yet.
+
+    Also for the folder of a single rank, which looks like one.
+    """
     has_manifest = (directory / MANIFEST_FILE).exists()
     if (directory / JOURNAL_FILE).exists() and not has_manifest:
         raise CheckpointError(
@@ -151,6 +170,7 @@ def require_finished(directory: Path) -> None:
             "where it was interrupted."
         )
     if (directory / PACK_FILE).exists() and not has_manifest:
+        _refuse_share(directory / PACK_FILE)
         raise CheckpointError(
             f"{directory} has {PACK_FILE} and no {MANIFEST_FILE}, which a repack writes last: it is "
             "unfinished or was not copied whole. Run the same ascend-v4 repack again, or copy it again."
@@ -216,7 +236,8 @@ def refuse_rotated(directory: Path, signs: Iterable[str]) -> None:
         )
 
 
-def _read_description(path: Path) -> dict[str, Any]:
+def read_description(path: Path) -> dict[str, Any]:
+    """The JSON object of a description. Raises CheckpointError, also for one over 256 MiB."""
     advice = "Download or repack it again."
     try:
         num_bytes = path.stat().st_size
@@ -248,10 +269,8 @@ def _native(path: Path, described: Mapping[str, Any]) -> Pack:
         )
     if described.get("rotation") != "none":
         refuse_rotated(path.parent, [f"rotation {described.get('rotation')!r}"])
-    if "rank" in described or "ranks" in described:
-        raise CheckpointError(
-            f"{path.parent} is divided over ranks; this version runs whole packs. Repack without --ranks."
-        )
+    if "rank" in described:
+        raise CheckpointError(_one_share(path.parent))
     tensors = described.get("tensors")
     if not isinstance(tensors, dict) or not tensors:
         raise CheckpointError(f"{path} lists no tensors. Repack the official files.")
@@ -266,7 +285,59 @@ def _native(path: Path, described: Mapping[str, Any]) -> Pack:
         scheme=_scheme(path, described.get("scheme")),
         forms={name: forms[str(form)] for name, form in stated.items()},
         recipe=recipe if isinstance(recipe, str) else None,
+        ranks=_rank_folders(path, described),
     )
+
+
+def _refuse_share(path: Path) -> None:
+    """Raise CheckpointError where a description is that of a single rank; what else it may be is not said."""
+    try:
+        is_share = "rank" in read_description(path)
+    except CheckpointError:
+        return
+    if is_share:
+        raise CheckpointError(_one_share(path.parent))
+
+
+def _one_share(directory: Path) -> str:
+    return (
+        f"{directory} holds the share of a single rank, and one process runs whole models. Name the folder "
+        f"that holds those of all ranks ({directory.absolute().parent}): they are joined as they are read."
+    )
+
+
+def _rank_folders(path: Path, described: Mapping[str, Any]) -> RankFolders | None:
+    if "ranks" not in described:
+        return None
+    stated = described["ranks"] if isinstance(described["ranks"], dict) else {}
+    counts: list[int] = []
+    for axis in ("tp", "ep"):
+        count = stated.get(axis)
+        if type(count) is not int or not 1 <= count <= MAX_RANKS:
+            raise CheckpointError(
+                f"{path} is divided over {axis}={count!r:.40}; it must be an integer in [1, {MAX_RANKS}]. "
+                "Download or repack it again."
+            )
+        counts.append(count)
+    (tp, ep), folders = counts, stated.get("folders")
+    if not isinstance(folders, list) or len(folders) != ep or not all(map(_is_folder_name, folders)):
+        raise CheckpointError(
+            f"{path} names the folders {folders!r:.80} for {ep} ranks; there must be one name for each, of "
+            "folders directly below it. Download or repack it again."
+        )
+    if len(set(folders)) != ep:
+        raise CheckpointError(
+            f"{path} names one folder for several of {ep} ranks; each has its own. Download or repack it "
+            "again."
+        )
+    shared = {key: value for key, value in described.items() if key not in ("ranks", "tensors")}
+    return RankFolders(tp=tp, ep=ep, folders=tuple(folders), shared=shared)
+
+
+def _is_folder_name(name: object) -> bool:
+    if not isinstance(name, str) or not 1 <= len(name) <= MAX_FOLDER_CHARACTERS:
+        return False
+    return name not in (".", "..") and not any(unusual in name for unusual in "/\\:\0")
 
 
 def _scheme(path: Path, stated: object) -> PackScheme:

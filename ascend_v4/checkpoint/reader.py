@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import sys
+from math import prod
 from pathlib import Path
 from types import TracebackType
 
@@ -19,7 +20,8 @@ from ascend_v4.checkpoint.pack import (
     pack_tensors,
     require_unrotated,
 )
-from ascend_v4.checkpoint.shards import Problem, StoredFiles, StoredTensor, raise_problems, scan_shards
+from ascend_v4.checkpoint.rank_sets import scan_pack
+from ascend_v4.checkpoint.shards import Problem, StoredFiles, StoredTensor, raise_problems
 from ascend_v4.config import ModelConfig
 from ascend_v4.errors import CheckpointError
 
@@ -46,7 +48,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 
 
 class CheckpointReader:
-    """Tensors of one checkpoint directory, mapped and not copied.
+    """Tensors of one checkpoint directory, mapped and, unless ranks share them out, not copied.
 
     `open`, then `verify`, then `tensor`. Tensors stay valid after `close`: the last to go unmaps its shard.
     """
@@ -78,7 +80,8 @@ class CheckpointReader:
         if not directory.is_dir():
             raise CheckpointError(f"{directory} is not a directory. Name the one that holds {CONFIG_FILE}.")
         pack = find_pack(directory)
-        return cls(directory, config or ModelConfig.from_file(directory), scan_shards(directory), pack=pack)
+        config = config or ModelConfig.from_file(directory)
+        return cls(directory, config, scan_pack(directory, pack), pack=pack)
 
     def verify(self) -> None:
         """Compare every expected tensor with the files; one CheckpointError lists every difference."""
@@ -125,7 +128,8 @@ class CheckpointReader:
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor in the file's own dtype, sharing memory with the mapping.
 
-        Writing to it never reaches the file. Only where its offset does not suit its dtype is it copied.
+        Writing to it never reaches the file. It is copied only where its offset does not suit its dtype, and
+        where ranks share it out: then every call joins the slices in memory of its own.
         Raises CheckpointError where no shard holds it whole.
         """
         stored = self.stored(name)
@@ -134,28 +138,26 @@ class CheckpointReader:
     def raw_bytes(self, name: str) -> torch.Tensor:
         """A tensor's bytes as they lie in its file, uint8 of one axis; as `tensor` in all else."""
         stored = self.stored(name)
-        if stored.num_bytes == 0:
-            return torch.empty(0, dtype=torch.uint8)
-        raw = torch.frombuffer(
-            self._map(stored.file), dtype=torch.uint8, count=stored.num_bytes, offset=stored.offset_bytes
-        )
+        if stored.slices and stored.num_bytes:
+            return self._joined(stored)
+        raw = self._mapped(stored)
         # kernels may assume that an element never straddles its natural boundary
         return raw.clone() if stored.offset_bytes % DTYPE_BYTES[stored.dtype] else raw
+
+    def byte_runs(self, name: str) -> tuple[torch.Tensor, ...]:
+        """What `raw_bytes` has, in order; slices that lie one after another stay apart and are not copied."""
+        stored = self.stored(name)
+        if prod(stored.shape[: stored.slice_axis]) != 1:
+            return (self.raw_bytes(name),)
+        return tuple(self._mapped(place) for place in stored.places)
 
     def release(self, name: str) -> None:
         """Let the system drop the pages of a tensor that was consumed; reading it again maps them anew.
 
         Whole pages only, so neighbours keep theirs. What was written into the tensor is lost.
         """
-        stored = self.stored(name)
-        mapped = self._maps.get(stored.file)
-        if mapped is None or not hasattr(mapped, "madvise"):
-            return
-        page = mmap.PAGESIZE
-        start = -(-stored.offset_bytes // page) * page
-        stop = (stored.offset_bytes + stored.num_bytes) // page * page
-        if stop > start:
-            mapped.madvise(mmap.MADV_DONTNEED, start, stop - start)
+        for place in self.stored(name).places:
+            self._release(place)
 
     def close(self) -> None:
         """Drop the mappings; shards with living tensors stay mapped until these go."""
@@ -169,6 +171,34 @@ class CheckpointReader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _mapped(self, place: StoredTensor) -> torch.Tensor:
+        """The bytes at one place, uint8 of one axis, sharing memory with the mapping."""
+        if place.num_bytes == 0:
+            return torch.empty(0, dtype=torch.uint8)
+        return torch.frombuffer(
+            self._map(place.file), dtype=torch.uint8, count=place.num_bytes, offset=place.offset_bytes
+        )
+
+    def _joined(self, stored: StoredTensor) -> torch.Tensor:
+        """The bytes of all slices in the order of the whole tensor, uint8 of one axis."""
+        outer = prod(stored.shape[: stored.slice_axis])
+        slices = [self._mapped(place).view(outer, place.num_bytes // outer) for place in stored.slices]
+        joined = torch.cat(slices, dim=1).view(-1)
+        for place in stored.slices:
+            # a slice is copied once; its pages would only double the memory of the whole
+            self._release(place)
+        return joined
+
+    def _release(self, place: StoredTensor) -> None:
+        mapped = self._maps.get(place.file)
+        if mapped is None or not hasattr(mapped, "madvise"):
+            return
+        page = mmap.PAGESIZE
+        start = -(-place.offset_bytes // page) * page
+        stop = (place.offset_bytes + place.num_bytes) // page * page
+        if stop > start:
+            mapped.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
     def _map(self, file: str) -> mmap.mmap:
         if file not in self._maps:

@@ -30,13 +30,24 @@ SHOWN_PROBLEMS = 40
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor of a shard. `offset_bytes` counts from the start of the file."""
+    """One tensor of a shard. `offset_bytes` counts from the start of the file.
+
+    Of a tensor in slices, `dtype`, `shape` and `num_bytes` are the whole's, the place is the first slice's.
+    """
 
     file: str
     dtype: str
     shape: tuple[int, ...]
     offset_bytes: int
     num_bytes: int
+    slices: tuple[StoredTensor, ...] = ()
+    """Of a tensor that ranks share out: its slices in order along `slice_axis`."""
+    slice_axis: int = 0
+
+    @property
+    def places(self) -> tuple[StoredTensor, ...]:
+        """Where the bytes lie: the slices, or this tensor itself."""
+        return self.slices or (self,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +66,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class StoredFiles:
-    """What the shards of one directory hold. `tensors` has only those whose bytes are all there."""
+    """What the shards of one checkpoint hold. `tensors` has only those whose bytes are all there."""
 
     directory: Path
     shards: tuple[str, ...]

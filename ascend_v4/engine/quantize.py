@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from ascend_v4.checkpoint.shards import scan_shards
+from ascend_v4.checkpoint.pack import find_pack
+from ascend_v4.checkpoint.rank_sets import scan_pack
 from ascend_v4.errors import CheckpointError, ConfigError
 from ascend_v4.model.weights import TensorSource
 from ascend_v4.repack.config import RepackConfig
@@ -46,7 +47,7 @@ def quantized_source(
 def _require_made_of(kept: Path, checkpoint: Path, target: Target) -> None:
     """Refuse a pack of other files, or one made with other options than --quantize uses."""
     manifest = read_manifest(kept)
-    now = SourceFiles.read(checkpoint, scan_shards(checkpoint).shards).facts()
+    now = SourceFiles.read(checkpoint, scan_pack(checkpoint, find_pack(checkpoint)).shards).facts()
     wanted = RepackConfig(source=checkpoint, output=kept, target=target).options(load_recipe(target).name)
     if manifest.source != now:
         raise CheckpointError(

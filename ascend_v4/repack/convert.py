@@ -6,7 +6,7 @@ are reused, so a slab is valid until the next is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import prod
 from typing import Protocol
 
@@ -58,6 +58,9 @@ class TensorBytes(Protocol):
 
     def bytes_of(self, name: str) -> Tensor:
         """A tensor's bytes, uint8 of one axis."""
+
+    def runs_of(self, name: str) -> Sequence[Tensor]:
+        """The same bytes in order, in pieces that need not be joined to be read."""
 
     def require_unchanged(self, names: Iterable[str]) -> None:
         """Raise CheckpointError where these are not what they were: a map of a cut file kills its reader."""
@@ -152,9 +155,12 @@ class ConversionRun:
             # the codes stay and the scales are respelled: no number changes
             first, stop = _row_window(output)
             self.stats = _exact(stop - first)
+        if output.window is None:
+            runs = self._stored.runs_of(source.name)
+            yield from self._released((piece for run in runs for piece in _pieces(run)), source)
+            return
         raw = self._stored.bytes_of(source.name)
-        if output.window is None or raw.numel() == 0:
-            yield from self._released(_pieces(raw), source)
+        if raw.numel() == 0:
             return
         first, stop = output.window[0]
         rows = raw.view(source.shape[0], -1)[first:stop]

@@ -11,8 +11,9 @@ from typing import Any
 from ascend_v4 import __version__
 from ascend_v4.checkpoint.names import CONFIG_FILE, PACK_FILE
 from ascend_v4.checkpoint.pack import MAX_DESCRIPTION_BYTES, find_pack
+from ascend_v4.checkpoint.rank_sets import scan_pack
 from ascend_v4.checkpoint.reader import CheckpointReader
-from ascend_v4.checkpoint.shards import StoredFiles, scan_shards
+from ascend_v4.checkpoint.shards import StoredFiles
 from ascend_v4.config import ModelConfig, parse_model_config, read_config_fields
 from ascend_v4.errors import CheckpointError
 from ascend_v4.operators.select import OperatorTable
@@ -121,7 +122,7 @@ def open_source(directory: Path, *, target: Target) -> OpenSource:
         fields = restore_release_fields(fields, _pack_description(directory))
         described = {name: WeightForm(form.value) for name, form in pack.forms.items()}
     source = str(directory / CONFIG_FILE)
-    files = scan_shards(directory)
+    files = scan_pack(directory, pack)
     reader = CheckpointReader(directory, parse_model_config(fields, source=source), files, pack=pack)
     reader.verify()
     if target is Target.RELEASE:

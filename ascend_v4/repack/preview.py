@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import prod
@@ -154,6 +154,9 @@ class _SampleTensors:
 
     def bytes_of(self, name: str) -> Tensor:
         return self._tensors[name]
+
+    def runs_of(self, name: str) -> Sequence[Tensor]:
+        return (self._tensors[name],)
 
     def require_unchanged(self, names: Iterable[str]) -> None:
         """Nothing else knows the sample."""

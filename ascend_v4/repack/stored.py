@@ -23,14 +23,23 @@ class StoredTensors:
         self._lock = threading.Lock()
 
     def bytes_of(self, name: str) -> Tensor:
-        """A tensor's bytes as they lie in its file, uint8 of one axis, sharing memory with the map."""
+        """A tensor's bytes as they lie in its file, uint8 of one axis, sharing memory with the map.
+
+        Those of a tensor that ranks share out are joined, in memory of their own.
+        """
         self.require_unchanged([name])
         with self._lock:
             return self._reader.raw_bytes(name)
 
-    def file_of(self, name: str) -> str:
-        """The shard that holds a tensor."""
-        return self._reader.stored(name).file
+    def runs_of(self, name: str) -> tuple[Tensor, ...]:
+        """The same bytes in order, as views of the maps also where ranks share out rows."""
+        self.require_unchanged([name])
+        with self._lock:
+            return self._reader.byte_runs(name)
+
+    def files_of(self, name: str) -> tuple[str, ...]:
+        """The shards that hold a tensor: one, or one per slice."""
+        return tuple(place.file for place in self._reader.stored(name).places)
 
     def require_unchanged(self, names: Iterable[str]) -> None:
         """Raise CheckpointError where a shard of these tensors is not what it was.
@@ -38,13 +47,14 @@ class StoredTensors:
         Reading a map beyond the end of a file that was cut off kills the process, so this comes before
         reading.
         """
-        self._files.require_unchanged({self.file_of(name): None for name in names})
+        self._files.require_unchanged({file: None for name in names for file in self.files_of(name)})
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Have the system read these tensors while others are converted; only a hint."""
         if not hasattr(os, "posix_fadvise"):
             return
-        for file, ranges in groupby(map(self._reader.stored, names), key=lambda stored: stored.file):
+        places = (place for name in names for place in self._reader.stored(name).places)
+        for file, ranges in groupby(places, key=lambda place: place.file):
             # what is wrong with a file is said when it is read
             with contextlib.suppress(OSError):
                 descriptor = os.open(f"{self._reader.directory}{os.sep}{file}", os.O_RDONLY | os.O_CLOEXEC)

@@ -17,7 +17,7 @@ from ascend_v4.errors import AscendV4Error, CheckpointError
 from ascend_v4.model.weights import WeightSource
 from ascend_v4.operators.contracts.quantize import StoredWeight
 from ascend_v4.repack.config import RepackConfig
-from ascend_v4.repack.layouts import LayoutName, Ranks
+from ascend_v4.repack.layouts import LayoutName
 from ascend_v4.repack.pipeline import run_repack
 from ascend_v4.repack.recipes import Target
 from tests.repack.packs import array, stored_tensors
@@ -217,7 +217,7 @@ def test_a_native_pack_that_says_rotation_is_refused(pack):
         ({"format": "other"}, "'other'"),
         ({"scheme": "w2a2"}, "w2a2"),
         ({"tensors": {}}, "no tensors"),
-        ({"ranks": {"tp": 2, "ep": 2}}, "without --ranks"),
+        ({"ranks": {"tp": 2, "ep": 2}}, "names the folders None"),
     ],
 )
 def test_a_native_description_of_another_kind_is_refused(pack, change, said):
@@ -335,11 +335,6 @@ def test_a_scale_that_is_not_finite_is_named(pack):
         stream.write(np.float32(np.nan).tobytes())
     with pytest.raises(CheckpointError, match=r"w2\.weight_scale is nan in row 1"):
         described_weight(directory, EXPERT)
-
-
-def test_a_share_of_a_rank_is_refused(sources, tmp_path):
-    output = repack(sources / "official", tmp_path / "ranked", target="w8a8", ranks=Ranks(tp=2, ep=2))
-    assert "without --ranks" in refusal(output)
 
 
 def test_kept_release_tensors_are_no_surprise(sources, tmp_path):

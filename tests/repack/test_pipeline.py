@@ -219,10 +219,10 @@ def test_keep_leaves_a_weight_in_bf16(source, tmp_path):
     assert stored_tensors(tmp_path / "out")[f"{LINEAR}.weight"][0] == "BF16"
 
 
-def test_pack_cut_over_ranks_is_no_source(source, tmp_path):
+def test_the_share_of_one_rank_is_no_source(source, tmp_path):
     repacked(source, tmp_path / "ranks", ranks=Ranks(tp=1, ep=2))
-    with pytest.raises(CheckpointError, match="divided over ranks"):
-        repacked(tmp_path / "ranks", tmp_path / "out", Target.RELEASE)
+    with pytest.raises(CheckpointError, match="share of a single rank"):
+        repacked(tmp_path / "ranks" / "rank-000", tmp_path / "out", Target.RELEASE)
 
 
 def test_table_says_copied_or_counts_per_part_of_the_model(source, tmp_path):
