@@ -55,7 +55,8 @@ def _joined(parts: tuple[StoredWeight, ...]) -> tuple[StoredWeight, ...]:
             return copies
         codes = torch.cat([copy.codes for copy in copies])
         return (StoredWeight(codes, torch.cat(scales), WeightFormat.INT8_CHANNEL),)
-    whole = torch.empty(sum(part.num_outputs for part in parts), parts[0].num_inputs)
+    num_outputs = sum(part.num_outputs for part in parts)
+    whole = torch.empty(num_outputs, parts[0].num_inputs, device=parts[0].codes.device)
     first = 0
     for part in parts:
         whole[first : first + part.num_outputs] = part.to_float32()

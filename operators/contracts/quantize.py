@@ -145,6 +145,15 @@ def power_of_two_at_least(values: Tensor) -> Tensor:
     return ((bits + 0x7FFFFF) & ~0x7FFFFF).view(torch.float32)
 
 
+def divided(values: Tensor, divisor: float) -> Tensor:
+    """Floats over a number, rounded once on every device.
+
+    CUDA computes `values / divisor` as a product with the reciprocal, which may be a rounding step off. It
+    divides by a tensor.
+    """
+    return values / values.new_full((), divisor)
+
+
 def _grouped(values: Tensor, group: int) -> tuple[Tensor, int]:
     width = values.shape[-1]
     missing = -width % group
@@ -163,7 +172,7 @@ def fake_quantize_fp8(
     """
     grouped, width = _grouped(values.float(), group)
     amax = grouped.abs().amax(-1, keepdim=True).clamp_min(FP8_AMAX_FLOOR)
-    scale = power_of_two_at_least(amax / FP8_MAX)
+    scale = power_of_two_at_least(divided(amax, FP8_MAX))
     codes = (grouped / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     return (codes.float() * scale).flatten(-2)[..., :width].to(values.dtype)
 
@@ -177,7 +186,7 @@ def fake_quantize_fp4(
     """
     grouped, width = _grouped(values.float(), group)
     amax = grouped.abs().amax(-1, keepdim=True).clamp_min(FP4_AMAX_FLOOR)
-    scale = power_of_two_at_least(amax / FP4_MAX)
+    scale = power_of_two_at_least(divided(amax, FP4_MAX))
     rounded = round_to_e2m1((grouped / scale).clamp(-FP4_MAX, FP4_MAX))
     return (rounded * scale).flatten(-2)[..., :width].to(values.dtype)
 
@@ -255,7 +264,7 @@ def quantize_int8_token(values: Annotated[Tensor, Spec("T K", FLOATS)]) -> tuple
     wide = values.float()
     # a row without columns has no largest magnitude
     amax = wide.abs().amax(-1, keepdim=True) if wide.shape[-1] else wide.new_zeros(len(wide), 1)
-    scale = amax / INT8_MAX
+    scale = divided(amax, INT8_MAX)
     codes = torch.where(scale > 0, wide / scale, 0.0).round().clamp(-INT8_MAX, INT8_MAX)
     return codes.to(torch.int8), scale.squeeze(-1)
 
@@ -305,6 +314,6 @@ def quantize_index(
 
 
 def _fp8_rows(rows: Tensor) -> Tensor:
-    scale = rows.abs().amax(-1, keepdim=True) / FP8_MAX
+    scale = divided(rows.abs().amax(-1, keepdim=True), FP8_MAX)
     codes = torch.where(scale > 0, rows / scale, 0.0).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     return codes.float() * scale

@@ -10,6 +10,11 @@ Rules that every implementation repeats to the bit:
   largest code.
 - An E2M1 number is m * 2^(byte - 128) with m of 0 1 2 3 4 6 8 12. All sums over a row of FP4 therefore come
   from how often each (byte, m) stands in it, taken by rising byte into one sum per m, then by rising m.
+- A device's own sum has an order of its own. It is asked only for whole numbers, exact in any order; float64
+  terms are added element by element, in the order above or folded in halves (`folded_sum`, for statistics of
+  `int8_to_fp4`). Rows are added one after the other on the host.
+- A constant that is no power of two divides as a tensor (`divided`): by a number, a device may multiply with
+  its reciprocal instead.
 - A row without a nonzero number has scale 1 and codes 0. No other scale is below 2^-126: devices take
   subnormal ones for zero.
 The sources of the rules are issue B 2 and reference/model.md 3 and 4.
@@ -26,7 +31,7 @@ from torch import Tensor
 
 from ascend_v4.errors import CheckpointError, ContractError
 from ascend_v4.operators.contract import BITWISE, FLOAT32, Spec, Where, operator
-from ascend_v4.operators.contracts.quantize import FP4_GROUP, WEIGHT_BLOCK
+from ascend_v4.operators.contracts.quantize import FP4_GROUP, WEIGHT_BLOCK, divided
 
 INT8_MAX, INT4_MAX = 127, 7
 E8M0_NAN = 255
@@ -118,7 +123,7 @@ def fp4_to_int8(
     """
     check_rows(out_scale_N, len(codes_NJ))
     rows = _Fp4Rows.of(codes_NJ, scale_NG, wanted=out_NK.shape)
-    absmax = _Candidate.of(rows, rows.largest / INT8_MAX, limit=INT8_MAX)
+    absmax = _Candidate.of(rows, divided(rows.largest, INT8_MAX), limit=INT8_MAX)
     chosen = absmax
     if rounding is Rounding.EXACT:
         # The largest magnitude is 0.5 or 0.75: 64 or 96 steps of 2^-7, and the next smaller step would not
@@ -157,7 +162,7 @@ def fp4_to_int4(
     check_pairs(out_HK, num_rows=num_rows, parts=parts)
     check_rows(out_scale_N, len(codes_NJ))
     rows = _Fp4Rows.of(codes_NJ, scale_NG, wanted=(num_rows, out_HK.shape[1]))
-    absmax = _Candidate.of(rows, rows.largest / INT4_MAX, limit=INT4_MAX)
+    absmax = _Candidate.of(rows, divided(rows.largest, INT4_MAX), limit=INT4_MAX)
     clipped = _Candidate.of(rows, _best_int4_scale(rows, fallback=absmax.scale), limit=INT4_MAX)
     chosen = clipped.where(clipped.error <= absmax.error, absmax)
     codes = rows.lookup(chosen.codes)
@@ -222,7 +227,8 @@ def bf16_to_int8(
         raise CheckpointError(
             f"row {_first_row(~values.isfinite())} of a bfloat16 weight is not finite; the file is damaged"
         )
-    return _absmax_int8(values, torch.zeros(len(values), 1, dtype=torch.int32), out_NK, out_scale_N)
+    unscaled = torch.zeros(len(values), 1, dtype=torch.int32, device=values.device)
+    return _absmax_int8(values, unscaled, out_NK, out_scale_N)
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
@@ -235,7 +241,7 @@ def block_exponents(codes_NK: Tensor, scale_blocks: Tensor, *, first_row: int) -
     check_block_scales(codes_NK, scale_blocks, first_row=first_row)
     num_rows = len(codes_NK)
     scale = scale_blocks.view(torch.uint8)
-    blocks = (torch.arange(num_rows) + first_row) // WEIGHT_BLOCK
+    blocks = (torch.arange(num_rows, device=scale.device) + first_row) // WEIGHT_BLOCK
     exponents = scale.int()[blocks] - 127
     refuse_nan_scale(exponents == E8M0_NAN - 127)
     return exponents
@@ -319,7 +325,7 @@ class _Fp4Rows:
         check_fp4_shapes(codes_NJ, scale_NG, wanted)
         scale = scale_NG.view(torch.uint8).long()
         refuse_nan_scale(scale == E8M0_NAN)
-        num_rows = len(codes_NJ)
+        num_rows, device = len(codes_NJ), codes_NJ.device
         packed = codes_NJ.view(torch.uint8).long()
         nibbles = torch.stack((packed & 15, packed >> 4), -1).flatten(1)
         magnitude = nibbles & 7
@@ -327,15 +333,17 @@ class _Fp4Rows:
         bytes_used = torch.unique(per_input[magnitude > 0])
         slot = torch.searchsorted(bytes_used, per_input).clamp_max(max(len(bytes_used) - 1, 0))
         cells = max(len(bytes_used), 1) * 8
-        index = torch.arange(num_rows).unsqueeze(1) * cells + slot * 8 + magnitude
+        first_cell = torch.arange(num_rows, device=device).unsqueeze(1) * cells
+        index = first_cell + slot * 8 + magnitude
         counts = torch.bincount(index.flatten(), minlength=num_rows * cells).view(num_rows, cells // 8, 8)[
             ..., 1:
         ]
         if not len(bytes_used):
-            bytes_used = torch.zeros(1, dtype=torch.int64)
-        doubled = torch.tensor(DOUBLED_E2M1[1:], dtype=torch.float64)
+            bytes_used = torch.zeros(1, dtype=torch.int64, device=device)
+        doubled = torch.tensor(DOUBLED_E2M1[1:], dtype=torch.float64, device=device)
         real = doubled * power_of_two(bytes_used - E2M1_BIAS).unsqueeze(1)
-        largest = torch.where(counts > 0, real, 0.0).flatten(1).amax(1) if num_rows else torch.zeros(0)
+        present = torch.where(counts > 0, real, 0.0).flatten(1)
+        largest = present.amax(1) if num_rows else present.new_zeros(0)
         mantissa, exponent = torch.frexp(largest.double())
         empty = largest == 0
         return cls(
@@ -364,7 +372,7 @@ class _Fp4Rows:
         by_magnitude = torch.zeros_like(terms_NEM[:, 0])
         for terms in terms_NEM.unbind(1):
             by_magnitude = by_magnitude + terms
-        total = torch.zeros(len(terms_NEM), dtype=torch.float64)
+        total = terms_NEM.new_zeros(len(terms_NEM))
         for terms in by_magnitude.unbind(1):
             total = total + terms
         return total * power_of_two(2 * self.exponent)
@@ -443,11 +451,11 @@ def _absmax_int8(values_NK: Tensor, exponent: Tensor, out_NK: Tensor, out_scale_
     check_rows(out_scale_N, len(values_NK), out_NK, values_NK)
     if not values_NK.numel():
         out_scale_N.fill_(1.0)
-        return torch.tensor([len(values_NK), len(values_NK), 0, 0, 0, 0], dtype=torch.float64)
+        return _stats_of([len(values_NK), len(values_NK), 0, 0, 0, 0], values_NK.device)
     largest = values_NK.abs().amax(1, keepdim=True)
     empty = largest == 0
     exponent = exponent.masked_fill(empty, 0)
-    stored = ((largest / INT8_MAX).double() * power_of_two(exponent)).float().clamp_min(SMALLEST_SCALE)
+    stored = (divided(largest, INT8_MAX).double() * power_of_two(exponent)).float().clamp_min(SMALLEST_SCALE)
     stored = stored.masked_fill(empty, 1.0)
     if bool(stored.isinf().any()):
         raise CheckpointError(
@@ -492,4 +500,22 @@ def row_stats(changed: Tensor, error: Tensor, norm: Tensor, absmax_error: Tensor
         for value in column.tolist():
             sums[index] += value
     exact = int((changed == 0).sum())
-    return torch.tensor([len(changed), exact, int(changed.sum()), *sums], dtype=torch.float64)
+    return _stats_of([len(changed), exact, int(changed.sum()), *sums], changed.device)
+
+
+def _stats_of(sums: list[float], device: torch.device) -> Tensor:
+    return torch.tensor(sums, dtype=torch.float64, device=device)
+
+
+def folded_sum(terms_NK: Tensor) -> Tensor:
+    """Sum per row of float64 terms, in one order on every device.
+
+    The last half of a row is added to its first, element by element, until one term is left; the middle one
+    of an odd count waits for the next round.
+    """
+    sums_NK, width = terms_NK.clone(), terms_NK.shape[1]
+    while width > 1:
+        half = width // 2
+        sums_NK[:, :half] += sums_NK[:, width - half : width]
+        width -= half
+    return sums_NK[:, 0] if width else terms_NK.new_zeros(len(terms_NK))

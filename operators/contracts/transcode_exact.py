@@ -29,6 +29,7 @@ from ascend_v4.operators.contracts.transcode import (
     block_exponents,
     check_fp4_shapes,
     check_rows,
+    folded_sum,
     power_of_two,
     refuse_nan_scale,
     row_stats,
@@ -196,7 +197,7 @@ def int8_to_fp4(
         nibble += 8 * _marked(negative_zeros_NB, codes_NK)
     out_NJ.copy_((nibble[:, 0::2] | (nibble[:, 1::2] << 4)).to(torch.uint8).view(torch.int8))
     difference = nearest - real
-    error, norm = difference.square().sum(1), real.square().sum(1)
+    error, norm = folded_sum(difference.square()), folded_sum(real.square())
     return row_stats((difference != 0).sum(1), error, norm, torch.zeros_like(error))
 
 
