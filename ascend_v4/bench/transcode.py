@@ -47,6 +47,11 @@ class Buffers:
     row_scale: Tensor
     bias: Tensor
     mx_scale: Tensor
+    fp4_as_int8: Tensor
+    int8_scale: Tensor
+    fp4_numbers: Tensor
+    """The FP4 weights in the forms that go back."""
+    fp4_again: Tensor
 
     @classmethod
     def drawn(cls, num_rows: int, seed: int) -> Buffers:
@@ -58,9 +63,16 @@ class Buffers:
 
         blocks = (-(-num_rows // WEIGHT_BLOCK), WIDTH // WEIGHT_BLOCK)
         fp8 = integers(0, 0x7F, num_rows, WIDTH)
+        fp4 = integers(0, 256, num_rows, WIDTH // 2).view(torch.int8)
+        fp4_scale = integers(118, 121, num_rows, WIDTH // FP4_GROUP)
+        as_int8, int8_scale = torch.zeros(num_rows, WIDTH, dtype=torch.int8), torch.zeros(num_rows)
+        numbers = torch.zeros(num_rows, WIDTH, dtype=torch.bfloat16)
+        table = select("cpu", allow_reference=True)
+        table[transcode.fp4_to_int8](fp4, fp4_scale, as_int8, int8_scale, rounding=Rounding.EXACT)
+        table[transcode_exact.fp4_to_bf16](fp4, fp4_scale, numbers)
         return cls(
-            fp4=integers(0, 256, num_rows, WIDTH // 2).view(torch.int8),
-            fp4_scale=integers(118, 121, num_rows, WIDTH // FP4_GROUP),
+            fp4=fp4,
+            fp4_scale=fp4_scale,
             fp8=fp8.view(torch.float8_e4m3fn),
             fp8_scale=integers(110, 113, *blocks),
             bf16=torch.randn(num_rows, WIDTH, generator=generator).to(torch.bfloat16),
@@ -70,6 +82,10 @@ class Buffers:
             row_scale=torch.zeros(num_rows),
             bias=torch.zeros(num_rows, 1),
             mx_scale=torch.zeros(num_rows, WIDTH // FP4_GROUP, dtype=torch.uint8),
+            fp4_as_int8=as_int8,
+            int8_scale=int8_scale,
+            fp4_numbers=numbers,
+            fp4_again=torch.zeros(num_rows, WIDTH // 2, dtype=torch.int8),
         )
 
 
@@ -82,6 +98,8 @@ def conversions(table: OperatorTable) -> dict[str, tuple[Step, float]]:
     fp8_int8, bf16_int8 = table[transcode.fp8_to_int8], table[transcode.bf16_to_int8]
     fp4_bf16, fp8_bf16 = table[transcode_exact.fp4_to_bf16], table[transcode_exact.fp8_to_bf16]
     to_mx = table[transcode_exact.fp8_scale_to_mx]
+    int8_fp4, bf16_fp4 = table[transcode_exact.int8_to_fp4], table[transcode_exact.bf16_to_fp4]
+    to_scale = table[transcode_exact.derive_fp4_scale]
 
     def halves(rows: slice) -> slice:
         return slice(rows.start // 2, rows.stop // 2)
@@ -93,6 +111,10 @@ def conversions(table: OperatorTable) -> dict[str, tuple[Step, float]]:
     def fp4_to_mx(b: Buffers, rows: slice) -> None:
         b.int4[halves(rows)].view(-1).copy_(b.fp4[rows].view(-1))
         b.mx_scale[rows].copy_(b.fp4_scale[rows])
+
+    def back_from_bf16(b: Buffers, rows: slice) -> None:
+        to_scale(b.fp4_numbers[rows], b.mx_scale[rows])
+        bf16_fp4(b.fp4_numbers[rows], b.mx_scale[rows], b.fp4_again[rows])
 
     return {
         "fp4 to int8, exact": (
@@ -119,6 +141,11 @@ def conversions(table: OperatorTable) -> dict[str, tuple[Step, float]]:
         ),
         "fp8 to bf16": (lambda b, r: fp8_bf16(b.fp8[r], b.fp8_scale, b.wide[r], first_row=r.start), 2.0),
         "fp8 to mx": (fp8_to_mx, 1.03125),
+        "int8 to fp4": (
+            lambda b, r: int8_fp4(b.fp4_as_int8[r], b.int8_scale[r], b.fp4_scale[r], None, b.fp4_again[r]),
+            0.5,
+        ),
+        "bf16 to fp4": (back_from_bf16, 0.53125),
         "bf16 to int8": (lambda b, r: bf16_int8(b.bf16[r], b.int8[r], b.row_scale[r]), 1.0),
     }
 

@@ -43,7 +43,7 @@ DIRECTORY = click.Path(path_type=Path)
 @click.option(
     "--jobs",
     type=click.IntRange(1, 256),
-    help="Threads.  [default: one per processor; 4 on another device than cpu]",
+    help="Threads.  [default: one per processor, at most 16; 2 without compiled kernels]",
 )
 @click.option(
     "--device",
@@ -114,9 +114,8 @@ def repack(source: str, out: Path, flags: Mapping[str, Any]) -> None:
         bar = LateBar(stack)
 
         def begin(job: Job) -> None:
-            num_parts, gigabytes = len(job.parts), job.part_bytes / 1e9
-            threads = max(1, min(config.num_threads, num_parts))
-            say(f"writing {gigabytes:.2f} GB in {num_parts:,} parts to {config.output}, {threads} at a time")
+            size = f"{job.part_bytes / 1e9:.2f} GB in {len(job.parts):,} parts"
+            say(f"writing {size} to {config.output}, {job.num_threads} at a time")
             bar.begin(job.part_bytes, title="repacking")
 
         report = run_repack(config, on_plan=begin, on_bytes=bar.add)
@@ -184,12 +183,11 @@ def dry_run(source: str, out: Path | None, flags: Mapping[str, Any]) -> None:
     configs = [RepackConfig.from_flags(source, output, {**flags, "target": target}) for target in targets]
     previews = [preview(config) for config in configs]
     place, free = free_bytes(output)
-    threads = configs[0].num_threads
-    rates = measure_rates(previews, directory=place, threads=threads, device=flags["device"])
+    rates = measure_rates(previews, directory=place, jobs=flags["jobs"], device=flags["device"])
     estimates = [(each, estimate_seconds(each, rates)) for each in previews]
     if flags["as_json"]:
         rows = [{**each.summary(), "estimated_seconds": seconds} for each, seconds in estimates]
-        measured = {action.value: rate for action, rate in rates.items()}
+        measured = {action.value: rate for action, rate in rates.bytes_per_s.items()}
         emit_json({"source": source, "free_bytes": free, "bytes_per_s": measured, "targets": rows})
         return
     for each, seconds in estimates:
@@ -198,9 +196,8 @@ def dry_run(source: str, out: Path | None, flags: Mapping[str, Any]) -> None:
         more = "; more than is free" if each.needed_bytes > free else ""
         click.echo(f"{what} in {len(each.laid_out.parts):,} parts, about {duration(seconds)}{more}")
     click.echo(f"free in {place}: {free / 2**30:,.1f} GiB")
-    click.echo(
-        f"times: by {threads} threads, measured just now writing there; a slow source or disk adds to them"
-    )
+    how = f"by {rates.threads} threads, measured just now writing there"
+    click.echo(f"times: {how}; a slow source or disk adds to them")
 
 
 def duration(seconds: float) -> str:

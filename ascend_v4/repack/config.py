@@ -14,11 +14,10 @@ from ascend_v4.repack.plan import parse_keep
 from ascend_v4.repack.recipes import RoundingChoice, Target
 
 MAX_JOBS = 256
+MAX_DEFAULT_JOBS = 16
+"""Threads nobody asked for: each holds some 20 MB, and no disk takes what 16 make."""
 
 DEVICES = ("cpu", "cuda", "npu")
-DEVICE_JOBS = 4
-"""Threads that share a device unless more are asked for: each has some 600 MB of it, and hashing and writing
-go on meanwhile."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,8 +37,7 @@ class RepackConfig:
     ranks: Ranks | None = None
     max_part_bytes: int = DEFAULT_PART_BYTES
     jobs: int | None = None
-    """Threads; None is one per processor this process may use, and DEVICE_JOBS at most on another device than
-    the CPU. The output does not depend on it."""
+    """Threads; None: as many as help, see `threads_of`. The output does not depend on it."""
     device: str = "cpu"
     """Where weights are converted, one of DEVICES. The output does not depend on it."""
 
@@ -51,13 +49,6 @@ class RepackConfig:
             raise ConfigError(
                 f"--device {self.device!r:.40} does not convert weights; choose one of {known}."
             )
-
-    @property
-    def num_threads(self) -> int:
-        """Threads to use, at most; a part is one thread's."""
-        if self.jobs is not None:
-            return self.jobs
-        return default_threads() if self.device == "cpu" else min(DEVICE_JOBS, default_threads())
 
     def options(self, recipe_name: str) -> dict[str, Any]:
         """What decides the output's bytes beside the source, as the manifest keeps it."""
@@ -116,7 +107,7 @@ class RepackConfig:
 
 
 def default_threads() -> int:
-    """One thread per processor this process may use."""
+    """One thread per processor this process may use, at most MAX_DEFAULT_JOBS."""
     if hasattr(os, "sched_getaffinity"):
-        return min(MAX_JOBS, len(os.sched_getaffinity(0)))
-    return min(MAX_JOBS, os.cpu_count() or 1)
+        return min(MAX_DEFAULT_JOBS, len(os.sched_getaffinity(0)))
+    return min(MAX_DEFAULT_JOBS, os.cpu_count() or 1)

@@ -28,7 +28,7 @@ from ascend_v4.repack.layouts import (
     restore_release_fields,
 )
 from ascend_v4.repack.layouts.base import MAX_COPIED_BYTES
-from ascend_v4.repack.on_device import operators_for
+from ascend_v4.repack.on_device import operators_for, threads_of
 from ascend_v4.repack.plan import RepackPlan, plan_outputs
 from ascend_v4.repack.recipes import Target, WeightForm, load_recipe
 from ascend_v4.repack.source import SourceFiles
@@ -69,6 +69,12 @@ class Job:
     def part_bytes(self) -> int:
         """Bytes of all parts."""
         return sum(part.num_bytes for part in self.parts)
+
+    @property
+    def num_threads(self) -> int:
+        """Threads of a run; a part is one thread's."""
+        wanted = threads_of(self.config.jobs, self.table, self.plan.conversions)
+        return max(1, min(wanted, len(self.parts)))
 
     @property
     def disk_bytes(self) -> int:

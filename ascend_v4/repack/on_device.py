@@ -24,10 +24,14 @@ from ascend_v4.operators.targets import open_target
 from ascend_v4.operators.testing import transcode
 from ascend_v4.operators.testing.draw import Draw
 from ascend_v4.operators.testing.recipe import Recipe
+from ascend_v4.repack.config import default_threads
 from ascend_v4.repack.plan import Action, Conversion
 from ascend_v4.repack.source_forms import TensorKind
 
 SHOWN_CHARACTERS = 200
+REFERENCE_JOBS = 2
+LIGHT = frozenset({"fp8_scale_to_mx", "mx_scale_to_fp8", "derive_fp4_scale", "derive_fp8_scale"})
+"""Operators that see scales alone, or few rows at a time."""
 
 OPERATORS: Mapping[Action, tuple[str, ...]] = {
     Action.COPY: (),
@@ -73,6 +77,20 @@ def operators_of(conversions: Iterable[Conversion]) -> tuple[str, ...]:
         if any(output.kind is TensorKind.NEGATIVE_ZEROS for output in item.outputs):
             names["negative_zeros"] = None
     return tuple(names)
+
+
+def threads_of(jobs: int | None, table: OperatorTable, conversions: Iterable[Conversion]) -> int:
+    """Threads asked for, or as many as there are processors for, at most MAX_DEFAULT_JOBS.
+
+    With a reference among what is called REFERENCE_JOBS at most: it holds hundreds of megabytes per slab, of
+    the host's memory or of a device's, which the threads share.
+    """
+    if jobs is not None:
+        return jobs
+    heavy = any(
+        table.choices[name].backend == REFERENCE and name not in LIGHT for name in operators_of(conversions)
+    )
+    return min(REFERENCE_JOBS, default_threads()) if heavy else default_threads()
 
 
 def operators_there(device: str, host: OperatorTable, names: Iterable[str]) -> OperatorTable:

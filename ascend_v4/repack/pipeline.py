@@ -153,7 +153,7 @@ class _Run:
     def write_parts(self) -> dict[str, PartRecord]:
         """Every part whole on the disk; returns their records in the order of the plan."""
         todo = iter(self.job.parts)
-        num_threads = max(1, min(self.job.config.num_threads, len(self.job.parts)))
+        num_threads = self.job.num_threads
         # parts that are written and not yet synced are what a kill loses
         ahead = threading.Semaphore(num_threads)
         with (

@@ -30,7 +30,7 @@ from ascend_v4.repack.convert import ConversionRun, Scratch
 from ascend_v4.repack.files import write_fully
 from ascend_v4.repack.job import LaidOut, lay_out, open_source
 from ascend_v4.repack.layouts import DocumentInputs, copied_files, disk_bytes
-from ascend_v4.repack.on_device import operators_for
+from ascend_v4.repack.on_device import operators_for, threads_of
 from ascend_v4.repack.plan import Action, Conversion, plan_totals
 from ascend_v4.repack.source_forms import SourceTensor, TensorKind
 
@@ -99,9 +99,18 @@ def preview(config: RepackConfig) -> Preview:
     return Preview(config=config, laid_out=laid_out, needed_bytes=needed)
 
 
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What was measured on this machine."""
+
+    threads: int
+    bytes_per_s: dict[Action, float]
+    """Of the output, all threads together."""
+
+
 def measure_rates(
-    previews: Iterable[Preview], *, directory: Path, threads: int, device: str = "cpu"
-) -> dict[Action, float]:
+    previews: Iterable[Preview], *, directory: Path, jobs: int | None = None, device: str = "cpu"
+) -> Rates:
     """Output bytes per second of every action in some previews: made, hashed and written into a directory.
 
     All threads work at once, each into a file without a name. Source pages are in memory already, and no sync
@@ -115,16 +124,19 @@ def measure_rates(
             if known is None or prod(item.shape) > prod(known.shape):
                 samples[item.action] = item
     table = operators_for(device, samples.values())
-    return {
+    threads = threads_of(jobs, table, samples.values())
+    measured = {
         action: _measure(_small(item), table, directory=directory, threads=threads)
         for action, item in samples.items()
     }
+    return Rates(threads, measured)
 
 
-def estimate_seconds(each: Preview, rates: dict[Action, float]) -> float:
+def estimate_seconds(each: Preview, rates: Rates) -> float:
     """Seconds a repack takes at measured rates."""
     totals = plan_totals(item for part in each.laid_out.parts for item in part.conversions)
-    return sum(num_bytes / rates[Action(name)] for name, num_bytes in totals.bytes_by_action.items())
+    rate_of = rates.bytes_per_s
+    return sum(num_bytes / rate_of[Action(name)] for name, num_bytes in totals.bytes_by_action.items())
 
 
 def free_bytes(directory: Path) -> tuple[Path, int]:

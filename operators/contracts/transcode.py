@@ -11,8 +11,7 @@ Rules that every implementation repeats to the bit:
 - An E2M1 number is m * 2^(byte - 128) with m of 0 1 2 3 4 6 8 12. All sums over a row of FP4 therefore come
   from how often each (byte, m) stands in it, taken by rising byte into one sum per m, then by rising m.
 - A device's own sum has an order of its own. It is asked only for whole numbers, exact in any order; float64
-  terms are added element by element, in the order above or folded in halves (`folded_sum`, for statistics of
-  `int8_to_fp4`). Rows are added one after the other on the host.
+  terms are added element by element in the order above. Rows are added one after the other on the host.
 - A constant that is no power of two divides as a tensor (`divided`): by a number, a device may multiply with
   its reciprocal instead.
 - A row without a nonzero number has scale 1 and codes 0. No other scale is below 2^-126: devices take
@@ -505,17 +504,3 @@ def row_stats(changed: Tensor, error: Tensor, norm: Tensor, absmax_error: Tensor
 
 def _stats_of(sums: list[float], device: torch.device) -> Tensor:
     return torch.tensor(sums, dtype=torch.float64, device=device)
-
-
-def folded_sum(terms_NK: Tensor) -> Tensor:
-    """Sum per row of float64 terms, in one order on every device.
-
-    The last half of a row is added to its first, element by element, until one term is left; the middle one
-    of an odd count waits for the next round.
-    """
-    sums_NK, width = terms_NK.clone(), terms_NK.shape[1]
-    while width > 1:
-        half = width // 2
-        sums_NK[:, :half] += sums_NK[:, width - half : width]
-        width -= half
-    return sums_NK[:, 0] if width else terms_NK.new_zeros(len(terms_NK))

@@ -26,10 +26,10 @@ from ascend_v4.operators.contracts.transcode import (
     FP8,
     INT8,
     STATS,
+    STATS_UNIT,
     block_exponents,
     check_fp4_shapes,
     check_rows,
-    folded_sum,
     power_of_two,
     refuse_nan_scale,
     row_stats,
@@ -175,15 +175,19 @@ def int8_to_fp4(
     """INT8 weights back to FP4 codes under given group scales: the nearest code, ties to the even one.
 
     Returns the sums of `RowStats`: an exact row has the INT8 row's own real numbers, so after an exact
-    conversion and with the kept scales and bitmap it has the release's bytes. The last sum is 0. Without a
-    bitmap zeros are positive.
+    conversion and with the kept scales and bitmap it has the release's bytes. For the sums numbers over the
+    row's scale are rounded to multiples of STATS_UNIT; the last is 0. Without a bitmap zeros are positive.
 
-    Raises CheckpointError for a NaN scale and for a bitmap that marks a number that is not zero.
+    Raises CheckpointError for a NaN group scale, a row scale that is not a positive number, and for a bitmap
+    that marks a number that is not zero.
     """
     check_fp4_shapes(out_NJ, release_scale_NG, codes_NK.shape)
+    check_rows(scale_N, len(codes_NK))
     exponents = release_scale_NG.view(torch.uint8).int()
     refuse_nan_scale(exponents == E8M0_NAN)
-    real = codes_NK.double() * scale_N.double().unsqueeze(1)
+    _refuse_row_scale(scale_N)
+    scale_N1 = scale_N.double().unsqueeze(1)
+    real = codes_NK.double() * scale_N1
     unit = power_of_two(exponents - E2M1_BIAS).repeat_interleave(FP4_GROUP, 1)
     magnitude = (real / unit).abs().clamp_max(DOUBLED_MAX)
     doubled = torch.tensor(DOUBLED_E2M1, dtype=torch.float64, device=codes_NK.device)
@@ -196,9 +200,11 @@ def int8_to_fp4(
     if negative_zeros_NB is not None:
         nibble += 8 * _marked(negative_zeros_NB, codes_NK)
     out_NJ.copy_((nibble[:, 0::2] | (nibble[:, 1::2] << 4)).to(torch.uint8).view(torch.int8))
-    difference = nearest - real
-    error, norm = folded_sum(difference.square()), folded_sum(real.square())
-    return row_stats((difference != 0).sum(1), error, norm, torch.zeros_like(error))
+    left = torch.round(nearest / scale_N1 / STATS_UNIT) - codes_NK.double() / STATS_UNIT
+    squared_unit = scale_N.double().square()
+    error = left.long().square().sum(1).double() * STATS_UNIT**2 * squared_unit
+    norm = codes_NK.long().square().sum(1).double() * squared_unit
+    return row_stats((nearest != real).sum(1), error, norm, torch.zeros_like(error))
 
 
 @operator(
@@ -261,11 +267,8 @@ def derive_fp4_scale(
     Raises CheckpointError where a number is beyond every scale; whether all of them are FP4 numbers,
     `bf16_to_fp4` and `int8_to_fp4` tell.
     """
+    check_groups(weight_NK, out_NG)
     num_rows, inputs = weight_NK.shape
-    if inputs % FP4_GROUP or tuple(out_NG.shape) != (num_rows, inputs // FP4_GROUP):
-        raise ContractError(
-            f"{list(weight_NK.shape)} weights have {[num_rows, inputs // FP4_GROUP]} group scales"
-        )
     largest = weight_NK.double().abs().view(num_rows, inputs // FP4_GROUP, FP4_GROUP).amax(-1)
     out_NG.copy_(_scale_byte(largest, 6.0))
 
@@ -293,6 +296,16 @@ def derive_fp8_scale(
     padded = torch.nn.functional.pad(weight_NK.double().abs(), padding)
     largest = padded.view(rows, WEIGHT_BLOCK, columns, WEIGHT_BLOCK).amax((1, 3))
     out_blocks.copy_(_scale_byte(largest, FP8_MAX))
+
+
+def check_groups(weight_NK: Tensor, out_NG: Tensor) -> None:
+    """Raises ContractError unless a scale stands for every 32 inputs."""
+    num_rows, inputs = weight_NK.shape
+    if inputs % FP4_GROUP or tuple(out_NG.shape) != (num_rows, inputs // FP4_GROUP):
+        raise ContractError(
+            f"{list(weight_NK.shape)} weights have {[num_rows, inputs // FP4_GROUP]} group scales, "
+            f"got {list(out_NG.shape)}"
+        )
 
 
 def check_bitmap(codes_NJ: Tensor, out_NB: Tensor) -> None:
@@ -357,6 +370,15 @@ def _scale_byte(largest: Tensor, code_max: float) -> Tensor:
 
 def _blocks(count: int, block: int) -> int:
     return -(-count // block)
+
+
+def _refuse_row_scale(scale_N: Tensor) -> None:
+    wrong = ~(scale_N.isfinite() & (scale_N > 0))
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0, 0])
+        raise CheckpointError(
+            f"the scale of row {row} is {float(scale_N[row])}, not a positive number; the file is damaged"
+        )
 
 
 def _refuse(wrong_NK: Tensor, complaint: str) -> None:

@@ -1,6 +1,7 @@
 """Conversions between weight formats on a CPU, a row at a time: one thread per call, without Python's lock.
 
-Callers that want several threads pass each a run of rows of its own.
+Callers that want several threads pass each a run of rows of its own. Kernels on the way back to the release
+stop at what has no exact image; the reference then says what it is.
 """
 
 from __future__ import annotations
@@ -27,9 +28,14 @@ from ascend_v4.operators.contracts.transcode import (
     fp8_to_int8,
 )
 from ascend_v4.operators.contracts.transcode_exact import (
+    bf16_to_fp4,
+    bf16_to_fp8,
     check_bitmap,
+    check_groups,
+    derive_fp4_scale,
     fp4_to_bf16,
     fp8_to_bf16,
+    int8_to_fp4,
     negative_zeros,
 )
 from ascend_v4.operators.native import NEEDS, cpu_kernels, cpu_unusable
@@ -176,6 +182,93 @@ def negative_zeros_native(codes_NJ: Tensor, out_NB: Tensor) -> Tensor:
             codes.data_ptr(), len(codes), 2 * codes.shape[1], out.data_ptr(), found.data_ptr()
         )
     return found
+
+
+@implements(int8_to_fp4, backend="cpu", provider="native", unusable=cpu_unusable, needs=NEEDS)
+def int8_to_fp4_native(
+    codes_NK: Tensor,
+    scale_N: Tensor,
+    release_scale_NG: Tensor,
+    negative_zeros_NB: Tensor | None,
+    out_NJ: Tensor,
+) -> Tensor:
+    """Per row and group scale, the magnitudes from which on a code is larger."""
+    check_fp4_shapes(out_NJ, release_scale_NG, codes_NK.shape)
+    check_rows(scale_N, len(codes_NK))
+    if negative_zeros_NB is not None:
+        check_bitmap(out_NJ, negative_zeros_NB)
+    codes, scale, release_scale = (each.contiguous() for each in (codes_NK, scale_N, release_scale_NG))
+    marked = None if negative_zeros_NB is None else negative_zeros_NB.contiguous()
+    stats, problem = _stats(), _problem()
+    with _packed(out_NJ) as out:
+        cpu_kernels().ascend_v4_int8_to_fp4(
+            codes.data_ptr(),
+            scale.data_ptr(),
+            release_scale.data_ptr(),
+            None if marked is None else marked.data_ptr(),
+            *codes.shape,
+            out.data_ptr(),
+            stats.data_ptr(),
+            problem.data_ptr(),
+        )
+    if int(problem) < 0:
+        return stats
+    return int8_to_fp4.reference(codes_NK, scale_N, release_scale_NG, negative_zeros_NB, out_NJ)
+
+
+@implements(bf16_to_fp4, backend="cpu", provider="native", unusable=cpu_unusable, needs=NEEDS)
+def bf16_to_fp4_native(weight_NK: Tensor, scale_NG: Tensor, out_NJ: Tensor) -> None:
+    """Codes by comparing numbers over their group's unit with the seven that FP4 has."""
+    check_fp4_shapes(out_NJ, scale_NG, weight_NK.shape)
+    weight, scale, problem = weight_NK.contiguous(), scale_NG.contiguous(), _problem()
+    with _packed(out_NJ) as out:
+        cpu_kernels().ascend_v4_real_to_fp4(
+            weight.data_ptr(),
+            int(weight.dtype is torch.float32),
+            scale.data_ptr(),
+            *weight.shape,
+            out.data_ptr(),
+            problem.data_ptr(),
+        )
+    if int(problem) >= 0:
+        bf16_to_fp4.reference(weight_NK, scale_NG, out_NJ)
+
+
+@implements(bf16_to_fp8, backend="cpu", provider="native", unusable=cpu_unusable, needs=NEEDS)
+def bf16_to_fp8_native(weight_NK: Tensor, scale_blocks: Tensor, out_NK: Tensor, *, first_row: int) -> None:
+    """Codes from the bits of numbers over their block's unit."""
+    check_block_scales(weight_NK, scale_blocks, first_row=first_row)
+    check_rows(None, len(weight_NK), out_NK, weight_NK)
+    weight, scale, problem = weight_NK.contiguous(), scale_blocks.contiguous(), _problem()
+    with _packed(out_NK) as out:
+        cpu_kernels().ascend_v4_real_to_fp8(
+            weight.data_ptr(),
+            int(weight.dtype is torch.float32),
+            scale.data_ptr(),
+            *weight.shape,
+            first_row,
+            out.data_ptr(),
+            problem.data_ptr(),
+        )
+    if int(problem) >= 0:
+        bf16_to_fp8.reference(weight_NK, scale_blocks, out_NK, first_row=first_row)
+
+
+@implements(derive_fp4_scale, backend="cpu", provider="native", unusable=cpu_unusable, needs=NEEDS)
+def derive_fp4_scale_native(weight_NK: Tensor, out_NG: Tensor) -> None:
+    """The exponent of a group's largest bits."""
+    check_groups(weight_NK, out_NG)
+    weight, problem = weight_NK.contiguous(), _problem()
+    with _packed(out_NG) as out:
+        cpu_kernels().ascend_v4_derive_fp4_scale(
+            weight.data_ptr(),
+            int(weight.dtype is torch.float32),
+            *weight.shape,
+            out.data_ptr(),
+            problem.data_ptr(),
+        )
+    if int(problem) >= 0:
+        derive_fp4_scale.reference(weight_NK, out_NG)
 
 
 def _stats() -> Tensor:

@@ -50,6 +50,14 @@ SIGNATURES = {
     "ascend_v4_bf16_to_int8": (POINTER, COUNT, COUNT, POINTER, POINTER, POINTER, POINTER),
     "ascend_v4_fp4_to_bf16": (POINTER, POINTER, COUNT, COUNT, POINTER, POINTER),
     "ascend_v4_fp8_to_bf16": (POINTER, POINTER, COUNT, COUNT, COUNT, POINTER, POINTER),
+    "ascend_v4_int8_to_fp4": (
+        *(POINTER, POINTER, POINTER, POINTER),
+        *(COUNT, COUNT),
+        *(POINTER, POINTER, POINTER),
+    ),
+    "ascend_v4_real_to_fp4": (POINTER, COUNT, POINTER, COUNT, COUNT, POINTER, POINTER),
+    "ascend_v4_real_to_fp8": (POINTER, COUNT, POINTER, COUNT, COUNT, COUNT, POINTER, POINTER),
+    "ascend_v4_derive_fp4_scale": (POINTER, COUNT, COUNT, COUNT, POINTER, POINTER),
     "ascend_v4_negative_zeros": (POINTER, COUNT, COUNT, POINTER, POINTER),
 }
 """C parameters of every kernel; all return nothing. A test compares them with the sources."""

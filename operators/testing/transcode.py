@@ -6,6 +6,8 @@ stand in every FP4 case. The largest size is that of an expert of Pro.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -206,11 +208,18 @@ def _back_to_fp4() -> dict[str, list[Recipe]]:
             outputs, codes_NK=int8, scale_N=row_scale, release_scale_NG=scale, negative_zeros_NB=zeros
         )
 
-    def reals(draw: Draw, rows: int, width: int) -> tuple[Tensor, Tensor]:
+    def reals(
+        draw: Draw, rows: int, width: int, dtype: torch.dtype = torch.bfloat16
+    ) -> tuple[Tensor, Tensor]:
         codes, scale = fp4_inputs(draw, rows, width)
         weight = _output(draw, rows, width, dtype=torch.bfloat16)
         fp4_to_bf16.reference(codes, scale, weight)
-        return weight, scale
+        return draw.lay_out(weight.to(dtype)) if dtype is torch.float32 else weight, scale
+
+    def from_float32(draw: Draw, *, rows: int, width: int) -> Inputs:
+        weight, scale = reals(draw, rows, width, torch.float32)
+        outputs = {"out_NJ": _output(draw, rows, width // 2, dtype=torch.int8)}
+        return _inputs(outputs, weight_NK=weight, scale_NG=scale)
 
     def from_bf16(draw: Draw, *, rows: int, width: int) -> Inputs:
         weight, scale = reals(draw, rows, width)
@@ -223,20 +232,54 @@ def _back_to_fp4() -> dict[str, list[Recipe]]:
         return _inputs(outputs, weight_NK=weight)
 
     sizes = _sizes(ROW_COUNTS, GROUP_WIDTHS)
+    exact = sized(
+        from_int8,
+        {
+            **_sizes(ROW_COUNTS, GROUP_WIDTHS, kept=True),
+            "no-bitmap": {"rows": 5, "width": 96, "kept": False},
+        },
+        largest={**LARGEST, "kept": True},
+        dtypes=FLOAT32_ONLY,
+    )
+    inexact = [
+        Recipe(
+            name=f"off-{power}",
+            build=partial(_any_int8, rows=7, width=1280, power=power),
+            dtypes=FLOAT32_ONLY,
+        )
+        for power in (-100, 0, 90)
+    ]
+    wide = partial(from_float32, rows=7, width=96)
+    wide_scale = partial(_any_float32, rows=7, width=96)
     return {
         "negative_zeros": sized(bitmap, sizes, largest=LARGEST, dtypes=FLOAT32_ONLY),
-        "int8_to_fp4": sized(
-            from_int8,
-            {
-                **_sizes(ROW_COUNTS, GROUP_WIDTHS, kept=True),
-                "no-bitmap": {"rows": 5, "width": 96, "kept": False},
-            },
-            largest={**LARGEST, "kept": True},
-            dtypes=FLOAT32_ONLY,
-        ),
-        "bf16_to_fp4": sized(from_bf16, sizes, largest=LARGEST, dtypes=FLOAT32_ONLY),
-        "derive_fp4_scale": sized(derived, sizes, largest=LARGEST, dtypes=FLOAT32_ONLY),
+        "int8_to_fp4": exact + inexact,
+        "bf16_to_fp4": [
+            *sized(from_bf16, sizes, largest=LARGEST, dtypes=FLOAT32_ONLY),
+            Recipe(name="float32", build=wide, dtypes=FLOAT32_ONLY),
+        ],
+        "derive_fp4_scale": [
+            *sized(derived, sizes, largest=LARGEST, dtypes=FLOAT32_ONLY),
+            Recipe(name="float32", build=wide_scale, dtypes=FLOAT32_ONLY),
+        ],
     }
+
+
+def _any_int8(draw: Draw, *, rows: int, width: int, power: int) -> Inputs:
+    # any code under any scale: few FP4 numbers, and more scales in a row than kernels keep tables of
+    codes = draw.lay_out((draw.indices(rows, width, below=256) - 128).to(torch.int8))
+    row_scale = draw.lay_out(draw.normal(rows, dtype=torch.float32).abs() * 2.0**power + 2.0**-149)
+    scale = draw.lay_out((draw.indices(rows, width // FP4_GROUP, below=40) + 107 + power).to(torch.uint8))
+    outputs = {"out_NJ": _output(draw, rows, width // 2, dtype=torch.int8)}
+    return _inputs(outputs, codes_NK=codes, scale_N=row_scale, release_scale_NG=scale, negative_zeros_NB=None)
+
+
+def _any_float32(draw: Draw, *, rows: int, width: int) -> Inputs:
+    weight = draw.normal(rows, width, dtype=torch.float32)
+    weight[1::3] *= 2.0**-130
+    weight[2::3, : width // 2] *= 2.0**120
+    outputs = {"out_NG": _output(draw, rows, width // FP4_GROUP, dtype=torch.uint8)}
+    return _inputs(outputs, weight_NK=weight)
 
 
 def _back_to_fp8() -> dict[str, list[Recipe]]:

@@ -6,6 +6,7 @@ two memories; tests/operators/test_references_elsewhere.py has those.
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -103,10 +104,20 @@ def test_device_that_cannot_run_an_operator_is_refused_and_nothing_is_written(
     assert tree(tmp_path) == {}
 
 
-def test_device_takes_few_threads_unless_told(source, tmp_path):
-    asked = config_of(source, tmp_path, jobs=None, device="npu")
-    assert asked.num_threads <= 4
-    assert config_of(source, tmp_path, jobs=9, device="npu").num_threads == 9
+def test_references_get_few_threads_unless_told(simulated, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(100))
+
+    def threads(target=Target.W8A8, **options):
+        planned = job.plan_job(config_of(source, tmp_path / "out", target, max_part_bytes=65_536, **options))
+        return planned.num_threads
+
+    assert threads(jobs=9, device="npu") == 9
+    assert threads(jobs=None, device="npu") == 2
+    assert threads(Target.MX, jobs=None, device="npu") == 16
+    if select("cpu").choices["fp4_to_int8"].provider == "native":
+        assert threads(jobs=None) == 16
+    monkeypatch.setenv("ASCEND_V4_CPU_KERNELS", "0")
+    assert threads(jobs=None) == 2
 
 
 def test_unknown_device_is_refused(source, tmp_path):
