@@ -114,7 +114,7 @@ def repack(source: str, out: Path, flags: Mapping[str, Any]) -> None:
         bar = LateBar(stack)
 
         def begin(job: Job) -> None:
-            size = f"{job.part_bytes / 1e9:.2f} GB in {len(job.parts):,} parts"
+            size = f"{job.part_bytes / 1e9:.2f} GB in {counted(len(job.parts))}"
             say(f"writing {size} to {config.output}, {job.num_threads} at a time")
             bar.begin(job.part_bytes, title="repacking")
 
@@ -194,10 +194,15 @@ def dry_run(source: str, out: Path | None, flags: Mapping[str, Any]) -> None:
         recipe = each.laid_out.plan.recipe
         what = f"{recipe.target.value:8} {recipe.name:10} {each.output_bytes / 2**30:9,.2f} GiB"
         more = "; more than is free" if each.needed_bytes > free else ""
-        click.echo(f"{what} in {len(each.laid_out.parts):,} parts, about {duration(seconds)}{more}")
+        click.echo(f"{what} in {counted(len(each.laid_out.parts))}, about {duration(seconds)}{more}")
     click.echo(f"free in {place}: {free / 2**30:,.1f} GiB")
     how = f"by {rates.threads} threads, measured just now writing there"
     click.echo(f"times: {how}; a slow source or disk adds to them")
+
+
+def counted(parts: int) -> str:
+    """How many parts, in words."""
+    return "1 part" if parts == 1 else f"{parts:,} parts"
 
 
 def duration(seconds: float) -> str:
