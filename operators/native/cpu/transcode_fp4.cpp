@@ -148,12 +148,24 @@ ASCEND_V4_INLINE void fill_tables(const Row& row, float scale, int limit, int of
   }
 }
 
+// The power of two of `decide_int8`: the largest magnitude is 0.5 or 0.75, 64 or 96 steps of it, and the next smaller
+// step would not fit.
+constexpr float kStep = 0x1p-7f;
+constexpr int kStepExponent = -7;
+
+// Whether every number of the row is a whole number of steps. False also where the step is below what is stored.
+ASCEND_V4_INLINE bool is_whole(const Row& row) {
+  return !row.empty && row.bytes[0] - kBias >= row.exponent + kStepExponent &&
+         stored_scale(kStep, row.exponent) == in_weights(kStep, row.exponent);
+}
+
 ASCEND_V4_CLONES void decide_int8(const Row& row, int exact, uint8_t* tables, float* out_scale, double* stats) {
   const Candidate absmax = judged(row, row.largest / kInt8Max, kInt8Max);
   Candidate chosen = absmax;
-  if (exact) {
-    // The largest magnitude is 0.5 or 0.75: 64 or 96 steps of 2^-7, and the next smaller step would not fit.
-    const Candidate power = judged(row, 0.0078125f, kInt8Max);
+  if (exact && is_whole(row)) {
+    chosen = Candidate{kStep, 0, 0};
+  } else if (exact) {
+    const Candidate power = judged(row, kStep, kInt8Max);
     if (power.error <= absmax.error) chosen = power;
   }
   fill_tables(row, chosen.scale, kInt8Max, 0, 0, tables);
