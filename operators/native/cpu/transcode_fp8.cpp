@@ -245,7 +245,7 @@ constexpr int kBelow = kBlock + 2 * kOctave;
 constexpr int kTableBytes = kBelow + (kOctaves + 1) * kOctave + kBlock + 64;
 constexpr uint8_t kChangedBit = 0x80;
 constexpr int kLowBits = 6, kLowParts = 1 << kLowBits;
-// A page: where the hardware's prefetching ends, and a row of 4096.
+// A page: where the hardware's prefetching ends, and a row of 4096. The next row's codes and its output.
 constexpr int64_t kPrefetchBytes = 4096;
 
 struct Tables {
@@ -389,6 +389,7 @@ ASCEND_V4_VBMI Totals quantize_row_vbmi(const uint8_t* codes, int64_t inputs, fl
     };
     for (int64_t from = k; from < k + kBlock && from < inputs; from += 64) {
       _mm_prefetch(reinterpret_cast<const char*>(codes + from + ahead), _MM_HINT_T0);
+      __builtin_prefetch(out + from + kPrefetchBytes, 1);
       const __mmask64 inside = inside_row(inputs - from);
       const __m512i index = _mm512_maskz_loadu_epi8(inside, codes + from);
       const __m512i found = look_up(0, index), high = look_up(2, index), low = look_up(4, index);
